@@ -1,0 +1,488 @@
+"""The ledger of claims, the rules fixed before the runs, and the verdicts that follow from executed code.
+
+A claim lives in ``book/claims/<paper>.yaml``.
+Its rule names the arrays that a notebook has to supply, an expression over them, and the values that are allowed.
+A notebook hands the arrays to `settle`, which measures every expression with its interval and stores the result
+in the cell's output; `verdict` turns stored results into one of the slugs below.
+Nothing in between can be typed by hand.
+"""
+import ast
+import hashlib
+import html
+import json
+import math
+import operator
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+from scipy import stats
+
+MIME = "application/vnd.repro.claims+json"
+VERDICTS = ("holds", "holds-as-corrected", "fails", "undecided", "holds-by-construction", "cited", "not-run")
+EVIDENCE = ("theorem", "stand-in", "reduced", "paper-settings")
+LEVEL = {"mc": .99, "images": .99, "blocks": .99, "seeds": .95}   # confidence of the intervals
+MIN_SEEDS = 5
+RULE_KEYS = {"tier", "data", "by", "n", "when", "atoms", "printed", "may_hold_under", "note"}
+ATOM_KEYS = {"q", "in", "like", "tol", "by", "says", "erratum"}
+
+
+class ClaimError(ValueError):
+    """A mistake in the ledger or in a call of `settle`, in one line."""
+
+
+# ---------------------------------------------------------------- the ledger
+
+def project_root():
+    """The folder that holds ``book/claims``, looked for upwards from the working folder, then beside `lib`."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
+        if (folder / "book" / "claims").is_dir():
+            return folder
+    raise ClaimError("no book/claims found: run inside a clone of the project, the ledger is not in the wheel")
+
+
+def papers():
+    """The keys of the papers in the ledger, sorted."""
+    return sorted(path.stem for path in (project_root() / "book" / "claims").glob("*.yaml"))
+
+
+@lru_cache
+def _load(path, mtime):
+    return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def ledger(paper):
+    """One paper's ledger as a dict with `settings` and `claims`; unknown papers raise."""
+    path = project_root() / "book" / "claims" / f"{paper}.yaml"
+    if not path.exists():
+        raise ClaimError(f"paper must be one of {', '.join(papers())}, got {paper!r}")
+    return _load(str(path), path.stat().st_mtime_ns)
+
+
+def claim(paper, id):
+    """One claim of the ledger; unknown ids raise."""
+    for entry in ledger(paper)["claims"]:
+        if entry["id"] == id:
+            return entry
+    raise ClaimError(f"claim must be an id of book/claims/{paper}.yaml, got {id!r}")
+
+
+def rule_digest(rule):
+    """Twelve hex digits that change when a rule changes."""
+    return hashlib.sha256(json.dumps(rule, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- expressions
+
+_AGGREGATES = {"mean": np.mean, "median": np.median, "min": np.min, "max": np.max, "std": np.std,
+               "quantile": np.quantile}
+_FUNCTIONS = {"abs": np.abs, "log": np.log, "log10": np.log10, "log2": np.log2, "log1p": np.log1p,
+              "exp": np.exp, "sqrt": np.sqrt} | _AGGREGATES
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.Pow: operator.pow, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
+              ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+              ast.Eq: operator.eq, ast.NotEq: operator.ne}
+
+
+def _dotted(node):
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        head = _dotted(node.value)
+        return head and f"{head}.{node.attr}"
+    return None
+
+
+def _walk(node, arrays):
+    """Evaluate a parsed expression; anything beyond arithmetic, comparisons and the functions above is refused."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if (name := _dotted(node)) is not None:
+        if name == "inf":
+            return math.inf
+        if name in arrays:
+            return arrays[name]
+        raise ClaimError(f"unknown name {name!r} in an expression")
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_walk(node.left, arrays), _walk(node.right, arrays))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_walk(node.operand, arrays))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _OPERATORS:
+        return _OPERATORS[type(node.ops[0])](_walk(node.left, arrays), _walk(node.comparators[0], arrays))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS \
+            and not node.keywords:
+        arguments = [_walk(a, arrays) for a in node.args]
+        if node.func.id in ("min", "max") and len(arguments) == 2:
+            return (np.minimum if node.func.id == "min" else np.maximum)(*arguments)
+        return _FUNCTIONS[node.func.id](*arguments)
+    raise ClaimError(f"not allowed in an expression: {ast.unparse(node)}")
+
+
+@lru_cache(maxsize=None)
+def _parse(q):
+    try:
+        return ast.parse(str(q), mode="eval").body
+    except SyntaxError:
+        raise ClaimError(f"not an expression: {q!r}") from None
+
+
+def evaluate(q, arrays):
+    """The value of the expression `q` over named arrays: arithmetic, comparisons, mean, median, log and a few more."""
+    with np.errstate(all="ignore"):
+        return _walk(_parse(q), arrays)
+
+
+def names_in(q):
+    """The array names that an expression reads."""
+    found, todo = set(), [_parse(q)]
+    while todo:
+        node = todo.pop()
+        name = _dotted(node)
+        if name is not None:
+            found.add(name)
+        else:
+            todo += node.args if isinstance(node, ast.Call) else list(ast.iter_child_nodes(node))
+    return found - {"inf", "value"}
+
+
+def _atoms(rule):
+    return [*rule.get("when", []), *rule["atoms"], *rule.get("printed", [])]
+
+
+def rule_names(rule):
+    """Every array name that a rule needs."""
+    fields = [f for a in _atoms(rule) for f in (a["q"], a.get("like", 0), *a.get("in", ()))]
+    by = {rule["by"], *(a.get("by") for a in _atoms(rule))}
+    return set().union(*(names_in(f) for f in fields)) | ({"block"} if "blocks" in by else set())
+
+
+def check_rule(entry):
+    """Raise one clear line where a claim's rule is malformed."""
+    rule, where = entry["rule"], f"rule of {entry['id']}"
+    if unknown := set(rule) - RULE_KEYS:
+        raise ClaimError(f"{where}: unknown keys {sorted(unknown)}")
+    if rule.get("tier") not in ("fast", "full"):
+        raise ClaimError(f"{where}: tier must be fast or full, got {rule.get('tier')!r}")
+    if not rule.get("atoms"):
+        raise ClaimError(f"{where}: it has no atoms")
+    for atom in _atoms(rule):
+        if unknown := set(atom) - ATOM_KEYS:
+            raise ClaimError(f"{where}: unknown keys {sorted(unknown)} in an atom")
+        if atom.get("by", rule.get("by")) not in {"exact", "construction", *LEVEL}:
+            raise ClaimError(f"{where}: by must be exact, construction, {', '.join(LEVEL)}")
+        if ("in" in atom) == ("like" in atom):
+            raise ClaimError(f"{where}: an atom needs either in or like: {atom['q']}")
+    errata = len(entry.get("erratum", []))
+    if any(not 1 <= a.get("erratum", 1) <= errata for a in rule.get("printed", [])):
+        raise ClaimError(f"{where}: a printed atom names an erratum that the claim does not have")
+    rule_names(rule)
+
+
+# ---------------------------------------------------------------- intervals
+
+def _aggregates(q):
+    return any(isinstance(n, ast.Call) and n.func.id in _AGGREGATES and len(n.args) == (2 if n.func.id == "quantile" else 1)
+               for n in ast.walk(_parse(q)))
+
+
+def _t_interval(values, level):
+    # mean ± t_{(1+level)/2, n-1} · s / sqrt(n)
+    n = len(values)
+    if n < 2:
+        return -math.inf, math.inf
+    half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return values.mean() - half, values.mean() + half
+
+
+def _bootstrap(q, arrays, n, level, resamples=2000):
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(resamples):
+        pick = rng.integers(0, n, n)
+        draws.append(evaluate(q, {k: v[pick] if v.ndim and len(v) == n else v for k, v in arrays.items()}))
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+
+
+def _by_block(arrays):
+    ids, block = np.unique(arrays["block"], return_inverse=True)
+    count = np.bincount(block)
+    return {k: np.bincount(block, weights=v) / count if v.ndim and len(v) == len(block) else v
+            for k, v in arrays.items()}
+
+
+def measure(q, arrays, by):
+    """(estimate, low, high, n) of the expression `q`.
+
+    `exact` and `construction` give the smallest and the largest element; `mc` and `images` a 99 % interval of the
+    mean over the leading axis (Clopper-Pearson for booleans, bootstrap where `q` aggregates); `blocks` the same over
+    block means; `seeds` a 95 % t-interval over training runs.
+    """
+    arrays = {k: np.asarray(v) for k, v in arrays.items()}
+    if by == "blocks":
+        arrays = _by_block({k: v.astype(float) for k, v in arrays.items()})
+    used = {k: arrays[k] for k in names_in(q)}
+    value = np.asarray(evaluate(q, used))
+    if by in ("exact", "construction") or all(v.ndim == 0 for v in used.values()) and by != "seeds":
+        return float(value.mean()), float(value.min()), float(value.max()), int(value.size)
+    value = np.atleast_1d(value)
+    n, level = max((len(v) for v in used.values() if v.ndim), default=1), LEVEL[by]
+    if not np.isfinite(value.astype(float)).all():
+        return math.nan, -math.inf, math.inf, n
+    if _aggregates(q):
+        low, high = _bootstrap(q, used, n, level)
+    elif value.dtype == bool:
+        low, high = stats.binomtest(int(value.sum()), n).proportion_ci(level, "exact")
+    else:
+        low, high = _t_interval(value, level)
+    return float(value.mean()), float(low), float(high), n
+
+
+def allowed(atom, entry, arrays):
+    """The interval [lo, hi] that an atom allows; `like: value` stands for the paper's own number."""
+    known = {k: np.asarray(v) for k, v in arrays.items()} | {"value": entry.get("value", math.nan)}
+    if "in" in atom:
+        return [float(evaluate(bound, known)) for bound in atom["in"]]
+    target, tol = float(evaluate(atom["like"], known)), atom["tol"]
+    margin = tol["abs"] if "abs" in tol else abs(target) * tol["rel"]
+    return [target - margin, target + margin]
+
+
+def outcome(low, high, bounds, by):
+    """`holds` when [low, high] lies inside the bounds, `fails` when disjoint (exact: not inside), else `undecided`."""
+    if math.isnan(low) or math.isnan(high):
+        return "fails" if by in ("exact", "construction") else "undecided"
+    if bounds[0] <= low and high <= bounds[1]:
+        return "holds"
+    if by in ("exact", "construction") or high < bounds[0] or low > bounds[1]:
+        return "fails"
+    return "undecided"
+
+
+# ---------------------------------------------------------------- settling
+
+_settled = []        # what this kernel has settled so far, for `show_verdicts`
+
+
+def _measure_atoms(atoms, rule, entry, arrays):
+    rows = []
+    for atom in atoms:
+        by = atom.get("by", rule["by"])
+        estimate, low, high, n = measure(atom["q"], arrays, by)
+        bounds = allowed(atom, entry, arrays)
+        rows.append({"q": str(atom["q"]), "says": atom.get("says", ""), "by": by, "n": n, "estimate": estimate,
+                     "low": low, "high": high, "allowed": bounds, "outcome": outcome(low, high, bounds, by),
+                     "erratum": atom.get("erratum", 1)})
+    return rows
+
+
+def measure_claim(entry, arrays):
+    """Every atom of a claim's rule measured on `arrays`: the JSON that `settle` stores."""
+    if "rule" not in entry:
+        raise ClaimError(f"claim {entry['id']} has no rule: write it in the ledger, in a commit before the run")
+    check_rule(entry)
+    rule, needed = entry["rule"], rule_names(entry["rule"])
+    if unknown := set(arrays) - needed:
+        raise ClaimError(f"claim {entry['id']}: names {sorted(unknown)} are not in its rule")
+    if missing := needed - set(arrays):
+        raise ClaimError(f"claim {entry['id']}: its rule needs the names {sorted(missing)}")
+    result = {part: _measure_atoms(rule.get(part, []), rule, entry, arrays) for part in ("when", "atoms", "printed")}
+    if rule["by"] == "seeds":
+        result["values"] = {name: float(np.asarray(arrays[name])) for name in sorted(needed)}
+    return result | {"rule": rule_digest(rule)}
+
+
+def notebook_name():
+    """``<paper>/<topic>`` of the running notebook, told by the runner, else by nbval's or Jupyter's working folder."""
+    return os.environ.get("REPRO_NOTEBOOK") or f"{Path.cwd().name}/"
+
+
+def settle(measured, section, paper=None):
+    """Measure the rules of several claims on the arrays of one section and store the result in the cell's output.
+
+    Args:
+        measured: {claim id: {name: array}}; an id of another paper is written ``paper/id``.
+        section: the section's title, shown with the claim.
+        paper: the paper's key; by default the folder of the notebook.
+    Raises:
+        ClaimError: unknown claim, no rule, unknown or missing names.
+    """
+    from IPython.display import display
+    stored = {}
+    for key, arrays in measured.items():
+        owner, _, id = key.rpartition("/")
+        owner = owner or paper or notebook_name().split("/")[0]
+        stored[f"{owner}/{id}"] = measure_claim(claim(owner, id), arrays) | {"section": section}
+    _settled.append(stored)
+    document = json.loads(json.dumps(_finite(stored)))
+    display({MIME: {"tier": os.environ.get("REPRO_TIER", "fast"), "claims": document},
+             "text/html": _table(stored), "text/plain": "\n".join(_plain(stored))}, raw=True)
+
+
+def _finite(tree):
+    """JSON has no infinities: write them as strings; `float` reads them back."""
+    if isinstance(tree, dict):
+        return {k: _finite(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(v) for v in tree]
+    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _plain(stored):
+    """Stable across machines: which atoms lie inside, no digits."""
+    return [f"{key}: " + ", ".join(row["outcome"] for row in result["atoms"])
+            + "".join(f"; printed form {row['outcome']}" for row in result["printed"])
+            for key, result in stored.items()]
+
+
+def number(x):
+    """A number for a table: four significant digits, ∞ for infinities."""
+    x = float(x)
+    return ("−∞" if x < 0 else "∞") if math.isinf(x) else f"{x:.4g}".replace("-", "−")
+
+
+def span(low, high):
+    """An interval for a table."""
+    return number(low) if float(low) == float(high) else f"{number(low)} … {number(high)}"
+
+
+def _table(stored):
+    rows = []
+    for key, result in stored.items():
+        for part in ("when", "atoms", "printed"):
+            for row in result[part]:
+                what = html.escape(row["says"] or row["q"])
+                rows.append(f"<tr><td><code>{html.escape(key.partition('/')[2])}</code></td>"
+                            f"<td>{'as printed: ' if part == 'printed' else ''}{what}</td>"
+                            f"<td>{number(row['estimate'])}</td><td>{span(row['low'], row['high'])}</td>"
+                            f"<td>{span(*row['allowed'])}</td><td>{row['n']}</td><td>{row['outcome']}</td></tr>")
+    head = "".join(f"<th>{h}</th>" for h in ("claim", "what is tested", "measured", "interval", "allowed", "n", ""))
+    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+# ---------------------------------------------------------------- verdicts
+
+def verdict(rule, result):
+    """(slug, reason, decisive row) from the measured atoms of one claim."""
+    if result["rule"] != rule_digest(rule):
+        return "not-run", "rule changed since the run", None
+    for row in result["when"]:
+        if row["outcome"] != "holds":
+            return "undecided", f"condition not met: {row['says'] or row['q']}", row
+    for row in result["atoms"]:
+        if row["outcome"] == "fails":
+            return "fails", row["says"] or row["q"], row
+    for row in result["atoms"]:
+        least = MIN_SEEDS if row["by"] == "seeds" else 1
+        if row["by"] in LEVEL and row["n"] < max(least, rule.get("n", 1)):
+            few = "one seed" if (row["by"], row["n"]) == ("seeds", 1) else f"n = {row['n']}"
+            return "undecided", few, row
+        if row["outcome"] == "undecided":
+            return "undecided", f"interval not inside: {row['says'] or row['q']}", row
+    for row in result["printed"]:
+        if row["outcome"] != "fails":
+            return "undecided", f"printed form does not fail: erratum {row['erratum']}", row
+    first = result["atoms"][0]
+    if rule["by"] == "construction":
+        return "holds-by-construction", "", first
+    return ("holds-as-corrected" if result["printed"] else "holds"), "", first
+
+
+def evidence(rule, deviations=()):
+    """The level of the evidence: theorem without data, stand-in on fast-tier data, else the paper's data."""
+    if "data" not in rule:
+        return "theorem"
+    if rule["tier"] == "fast":
+        return "stand-in"
+    return "reduced" if deviations else "paper-settings"
+
+
+def measure_record(entry, table):
+    """As `measure_claim` for a recorded sweep: `table` has the columns claim, name, seed, value, a row per run."""
+    rows = table[table["claim"] == entry["id"]]
+    wide = rows.pivot(index="seed", columns="name", values="value").sort_index()
+    if missing := rule_names(entry["rule"]) - set(wide.columns):
+        raise ClaimError(f"claim {entry['id']}: the recorded sweep lacks the names {sorted(missing)}")
+    rule, arrays = entry["rule"], {name: wide[name].to_numpy() for name in wide.columns}
+    return {part: _measure_atoms(rule.get(part, []), rule, entry, arrays)
+            for part in ("when", "atoms", "printed")} | {"rule": rule_digest(rule)}
+
+
+def read_settled(notebook):
+    """{paper/claim: stored JSON} of an executed notebook (a dict or a path); values of the last cell win."""
+    if not isinstance(notebook, dict):
+        notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    found = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            for key, result in output.get("data", {}).get(MIME, {}).get("claims", {}).items():
+                for row in [*result["when"], *result["atoms"], *result["printed"]]:
+                    row |= {k: float(row[k]) for k in ("estimate", "low", "high")}
+                    row["allowed"] = [float(bound) for bound in row["allowed"]]
+                found[key] = result
+    return found
+
+
+def judge(paper, entry, source=None):
+    """One row of the scoreboard for one claim.
+
+    `source` tells where its evidence comes from: {notebook, result, table, record, stale, deviations}; `table` is the
+    recorded sweep of a `by: seeds` claim, `stale` says why a record no longer counts.
+    """
+    row = {"paper": paper, "id": entry["id"], "kind": entry["kind"], "verdict": "not-run", "reason": "no chapter yet",
+           "evidence": None, "tier": None, "notebook": None, "n": None, "interval": None, "record": None}
+    if "cited" in entry:
+        return row | {"verdict": "cited", "reason": f"quoted from {entry['cited']}"}
+    if "rule" not in entry:
+        return row
+    rule = entry["rule"]
+    row["tier"] = rule["tier"]
+    if source is None:
+        return row | {"reason": "no full-size record" if rule["tier"] == "full" else "its notebook has not run"}
+    row |= {"notebook": source["notebook"], "evidence": evidence(rule, source.get("deviations", ()))}
+    result = source["result"]
+    if rule["by"] == "seeds" and source.get("table") is not None:
+        row["record"] = source["record"]
+        if source.get("stale"):
+            return row | {"reason": f"record stale: {source['stale']}"}
+        result = measure_record(entry, source["table"])
+    slug, reason, decisive = verdict(rule, result)
+    if decisive is not None:
+        row |= {"n": decisive["n"], "interval": [decisive["low"], decisive["high"]]}
+    return row | {"verdict": slug, "reason": reason}
+
+
+def scoreboard(sources):
+    """A row for each claim of the ledger; `sources` maps ``paper/id`` to what `judge` needs."""
+    return [judge(paper, entry, sources.get(f"{paper}/{entry['id']}"))
+            for paper in papers() for entry in ledger(paper)["claims"]]
+
+
+def counts(rows):
+    """Verdicts counted over all, per paper and per evidence level, and how many false ones chance lets expect.
+
+    A statistical verdict is wrong with probability at most one minus the level of its interval.
+    """
+    def count(some):
+        return {slug: sum(r["verdict"] == slug for r in some) for slug in VERDICTS}
+    by = {(p, e["id"]): e["rule"]["by"] for p in papers() for e in ledger(p)["claims"] if "rule" in e}
+    decided = [by[r["paper"], r["id"]] for r in rows if r["verdict"] in ("holds", "holds-as-corrected", "fails")]
+    statistical = [b for b in decided if b in LEVEL]
+    return {"all": count(rows), "papers": {p: count([r for r in rows if r["paper"] == p]) for p in papers()},
+            "evidence": {level: count([r for r in rows if r["evidence"] == level]) for level in EVIDENCE},
+            "statistical": len(statistical),
+            "expected_false": round(sum(1 - LEVEL[b] for b in statistical), 2)}
+
+
+def show_verdicts():
+    """A table of the verdicts of all that this kernel has settled, for the end of a page."""
+    from IPython.display import display
+    from lib.run import sources_of_kernel
+    rows = [r for r in scoreboard(sources_of_kernel(_settled)) if r["notebook"]]
+    body = "".join(f"<tr><td><code>{html.escape(r['id'])}</code></td><td>{html.escape(claim(r['paper'], r['id'])['says'])}"
+                   f"</td><td><b>{r['verdict']}</b></td><td>{r['evidence']}</td><td>{html.escape(r['reason'])}</td></tr>"
+                   for r in rows)
+    head = "".join(f"<th>{h}</th>" for h in ("claim", "what it says", "verdict", "evidence", "why"))
+    display({"text/html": f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
+             "text/plain": "\n".join(f"{r['paper']}/{r['id']}: {r['verdict']}" for r in rows)}, raw=True)
