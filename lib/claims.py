@@ -262,7 +262,7 @@ def outcome(low, high, bounds, by):
 
 # ---------------------------------------------------------------- settling
 
-_settled = []        # what this kernel has settled so far, for `show_verdicts`
+settled = []        # what this kernel has settled so far, for `lib.records.show_verdicts`
 
 
 def _measure_atoms(atoms, rule, entry, arrays):
@@ -314,7 +314,7 @@ def settle(measured, section, paper=None):
         owner, _, id = key.rpartition("/")
         owner = owner or paper or notebook_name().split("/")[0]
         stored[f"{owner}/{id}"] = measure_claim(claim(owner, id), arrays) | {"section": section}
-    _settled.append(stored)
+    settled.append(stored)
     document = json.loads(json.dumps(_finite(stored)))
     display({MIME: {"tier": os.environ.get("REPRO_TIER", "fast"), "claims": document},
              "text/html": _table(stored), "text/plain": "\n".join(_plain(stored))}, raw=True)
@@ -400,7 +400,7 @@ def evidence(rule, deviations=()):
 
 def measure_record(entry, table):
     """As `measure_claim` for a recorded sweep: `table` has the columns claim, name, seed, value, a row per run."""
-    rows = table[table["claim"] == entry["id"]]
+    rows = table[table["claim"].str.endswith(f"/{entry['id']}")]
     wide = rows.pivot(index="seed", columns="name", values="value").sort_index()
     if missing := rule_names(entry["rule"]) - set(wide.columns):
         raise ClaimError(f"claim {entry['id']}: the recorded sweep lacks the names {sorted(missing)}")
@@ -475,14 +475,12 @@ def counts(rows):
             "expected_false": round(sum(1 - LEVEL[b] for b in statistical), 2)}
 
 
-def show_verdicts():
-    """A table of the verdicts of all that this kernel has settled, for the end of a page."""
+def show(rows):
+    """Display rows of a scoreboard as a small table."""
     from IPython.display import display
-    from lib.run import sources_of_kernel
-    rows = [r for r in scoreboard(sources_of_kernel(_settled)) if r["notebook"]]
-    body = "".join(f"<tr><td><code>{html.escape(r['id'])}</code></td><td>{html.escape(claim(r['paper'], r['id'])['says'])}"
-                   f"</td><td><b>{r['verdict']}</b></td><td>{r['evidence']}</td><td>{html.escape(r['reason'])}</td></tr>"
-                   for r in rows)
+    body = "".join(f"<tr><td><code>{html.escape(r['id'])}</code></td>"
+                   f"<td>{html.escape(claim(r['paper'], r['id'])['says'])}</td><td><b>{r['verdict']}</b></td>"
+                   f"<td>{r['evidence']}</td><td>{html.escape(r['reason'])}</td></tr>" for r in rows)
     head = "".join(f"<th>{h}</th>" for h in ("claim", "what it says", "verdict", "evidence", "why"))
     display({"text/html": f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
              "text/plain": "\n".join(f"{r['paper']}/{r['id']}: {r['verdict']}" for r in rows)}, raw=True)

@@ -1,0 +1,205 @@
+"""Where evidence lies: executed notebooks, recorded sweeps and full-size runs, each with a manifest.
+
+A manifest holds what a result depends on, part by part, so that a stale record can say what changed:
+the code cells (those that only draw excepted), the parameters, the rules, and every module of `lib` behind them.
+"""
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from lib import claims
+from lib.digest import digest, module_digests, modules_of, syntax
+
+VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image")
+
+
+def notebooks():
+    """``<paper>/<topic>`` of every chapter, in the order of the table of contents."""
+    root = claims.project_root()
+    listed = re.findall(r"notebooks/([\w/]+)", (root / "_toc.yml").read_text()) if (root / "_toc.yml").exists() else []
+    there = {str(p.relative_to(root / "notebooks").with_suffix("")) for p in (root / "notebooks").glob("*/*.ipynb")}
+    return [n for n in listed if n in there] + sorted(there - set(listed))
+
+
+def path(kind, name, suffix=".ipynb"):
+    """The file of one notebook: kind is source, executed, sweeps, seeds or full."""
+    folder = {"source": "notebooks", "executed": "_build/executed", "sweeps": "_build/sweeps",
+              "seeds": "book/records/seeds", "full": "book/records/full"}[kind]
+    return claims.project_root() / folder / f"{name}{suffix}"
+
+
+def read(file):
+    """A JSON file (a notebook, a manifest) as a dict."""
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def write(file, content):
+    """Write text, or a dict as JSON, so that a reader never meets half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
+def _code(notebook):
+    """The code of a notebook in three lots: the parameters cell, the cells that only draw, and the rest."""
+    lots = {"parameters": [], "figure": [], "rest": []}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            tags = set(cell["metadata"].get("tags", [])) & {"parameters", "figure"}
+            lots[tags.pop() if tags else "rest"].append("".join(cell["source"]))
+    return lots
+
+
+def parts(name, parameters):
+    """What the results of a notebook depend on: {part: digest}, with the parameters that were given."""
+    code = _code(read(path("source", name)))
+    source = "\n".join(code["rest"])
+    rules = {e["id"]: claims.rule_digest(e["rule"]) for e in claims.ledger(name.split("/")[0])["claims"]
+             if "rule" in e and f'"{e["id"]}"' in source}
+    return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), parameters]),
+            "rules": digest(rules), **module_digests(modules_of(source))}
+
+
+def changed(manifest, name):
+    """What has changed since a manifest was written, in words; empty where the record is current."""
+    now = parts(name, manifest["parameters"])
+    then = manifest["parts"]
+    return ", ".join(sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)))
+
+
+def machine():
+    """A short name of the machine: processor, cores, accelerator."""
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines()
+                      if line.startswith("model name")), model)
+    return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def commit():
+    """The commit of the working tree, with + where tracked files differ from it; empty outside git."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=claims.project_root(), capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def fingerprints(parameters):
+    """{data set: fingerprint} of the data sets that the parameters name."""
+    from lib import data
+    known = {row["name"] for row in data.catalogue()}
+    values = [v for value in parameters.values() for v in (value if isinstance(value, list) else [value])]
+    return {v: data.load(v).fingerprint for v in values if isinstance(v, str) and v in known}
+
+
+def manifest(name, parameters, tier, seconds, memory, deviations=()):
+    """The record beside an executed notebook."""
+    return {"notebook": name, "tier": tier, "parameters": parameters, "seconds": round(seconds, 1),
+            "peak_memory_mib": memory, "machine": machine(), "device": parameters.get("device", "cpu"),
+            "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(), "versions": {p: version(p) for p in VERSIONS},
+            "data": fingerprints(parameters), "deviations": list(deviations), "parts": parts(name, parameters)}
+
+
+def current(name):
+    """Whether the executed notebook of the fast tier is there and nothing that matters has changed since."""
+    record = path("executed", name, ".json")
+    if not (record.exists() and path("executed", name).exists()):
+        return False
+    record = read(record)
+    return not changed(record, name) and record["versions"] == {p: version(p) for p in VERSIONS}
+
+
+def seeds_table(name):
+    """(table, why stale) of the recorded sweep over seeds without a control; (None, "") where there is none."""
+    import pandas as pd
+    file = path("seeds", name, ".csv")
+    if not file.exists():
+        return None, ""
+    table = pd.read_csv(file, dtype={"claim": str, "name": str})
+    if "control" in table:
+        table = table[table["control"] == "none"]
+    return table, changed(read(path("seeds", name, ".json")), name)
+
+
+def settled_sources(name, settled, tier="fast", deviations=()):
+    """{paper/claim: source for `claims.judge`} of what one notebook has settled in one tier."""
+    table, stale = seeds_table(name) if tier == "fast" else (None, "")
+    found = {}
+    for key, result in settled.items():
+        paper, _, id = key.partition("/")
+        rule = claims.claim(paper, id).get("rule", {})
+        if rule.get("tier") == tier:
+            mine = table if table is not None and key in set(table["claim"]) else None
+            found[key] = {"notebook": name, "result": result, "table": mine, "stale": stale,
+                          "record": f"book/records/seeds/{name}.csv", "deviations": deviations}
+    return found
+
+
+def sources():
+    """What `claims.scoreboard` needs, from the newest executed notebooks, the committed outputs where none is."""
+    found = {}
+    for name in notebooks():
+        file = path("executed", name) if current(name) else path("source", name)
+        found |= settled_sources(name, claims.read_settled(file))
+        if path("full", name).exists():
+            record = read(path("full", name, ".json"))
+            found |= settled_sources(name, claims.read_settled(path("full", name)), "full", record["deviations"])
+    return found
+
+
+def accepted():
+    """The accepted verdicts {paper: {claim: [verdict, evidence, reason]}} of ``book/verdicts.json``."""
+    file = claims.project_root() / "book" / "verdicts.json"
+    return read(file) if file.exists() else {}
+
+
+def verdicts(rows):
+    """The rows of a scoreboard in the form of ``book/verdicts.json``."""
+    return {paper: {r["id"]: [r["verdict"], r["evidence"], r["reason"]] for r in rows if r["paper"] == paper}
+            for paper in claims.papers()}
+
+
+def flips(rows):
+    """A line for each verdict that differs from the accepted one."""
+    before, now = accepted(), verdicts(rows)
+    keys = sorted({(p, i) for tree in (before, now) for p in tree for i in tree[p]})
+    pairs = [(f"{p}/{i}", before.get(p, {}).get(i), now.get(p, {}).get(i)) for p, i in keys]
+    return [f"{key}: {' | '.join(map(str, old or ['not there']))} -> {' | '.join(map(str, new or ['not there']))}"
+            for key, old, new in pairs if old != new]
+
+
+def write_verdicts(rows):
+    """Rewrite ``book/verdicts.json``, a line for each claim, so that a diff reads well."""
+    blocks = [json.dumps(paper) + ": {\n" + ",\n".join(
+        f" {json.dumps(id)}: {json.dumps(entry, ensure_ascii=False)}" for id, entry in rows_.items()) + "\n}"
+        for paper, rows_ in verdicts(rows).items()]
+    write(claims.project_root() / "book" / "verdicts.json", "{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def show_verdicts():
+    """The verdicts of all that this kernel has settled, for the end of a page."""
+    name = claims.notebook_name()
+    settled = {key: result for stored in claims.settled for key, result in stored.items()}
+    if name.endswith("/"):            # nbval and Jupyter do not tell the topic: find the page that settles these claims
+        name = next((n for n in notebooks() if n.startswith(name) and
+                     any(f'"{next(iter(settled)).partition("/")[2]}"' in "".join(c["source"])
+                         for c in read(path("source", n))["cells"])), name)
+    claims.show([r for r in claims.scoreboard(settled_sources(name, settled)) if r["notebook"]])
+
+
+def full_parameters(name):
+    """(parameters, deviations) of the full-size run in ``<topic>.full.yaml``."""
+    file = path("source", name, ".full.yaml")
+    if not file.exists():
+        raise claims.ClaimError(f"--full needs {file.relative_to(claims.project_root())}, which does not exist")
+    content = yaml.safe_load(file.read_text())
+    return content.get("parameters", {}), content.get("deviations", [])

@@ -1,0 +1,324 @@
+"""The command line `repro`: execute chapters with papermill, sweep them, build the book, accept verdicts.
+
+Everything that a command shows or writes comes out of executed notebooks; see `lib.records` for where they lie.
+"""
+import argparse
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from lib import claims, records
+from lib.digest import digest
+from lib.parameters import ParameterError, check
+
+
+class RunError(RuntimeError):
+    """A run that failed, told in one line."""
+
+
+# ---------------------------------------------------------------- one notebook
+
+@contextmanager
+def _environment(**variables):
+    """What the kernel has to know: its chapter and its tier."""
+    before = {k: os.environ.get(k) for k in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+def execute(name, parameters, target, tier="fast", deviations=(), progress=True):
+    """Execute chapter `name` with papermill into `target` and write its manifest beside it.
+
+    The target appears only when the run has succeeded; a failed one is kept under ``_build/failed``.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    aside = claims.project_root() / "_build" / "failed" / f"{name}-{os.getpid()}.ipynb"
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0"):
+        try:
+            papermill.execute_notebook(str(records.path("source", name)), str(aside), parameters=parameters,
+                                       cwd=str(records.path("source", name).parent), progress_bar=progress,
+                                       kernel_name="python3", autosave_cell_every=30)
+        except PapermillExecutionError as error:
+            kept = aside.with_name(f"{Path(name).name}.ipynb")
+            aside.replace(kept)
+            raise RunError(f"{name}: {error.ename}: {str(error.evalue).splitlines()[0] if error.evalue else ''} "
+                           f"(cell {error.exec_count}; see {kept.relative_to(claims.project_root())})") from None
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    record = records.manifest(name, parameters, tier, time.perf_counter() - start, memory, deviations)
+    records.write(target, aside.read_text(encoding="utf-8"))
+    records.write(target.with_suffix(".json"), record)
+    aside.unlink()
+    return record
+
+
+def last_time(name):
+    """How long a chapter last took and where, in words."""
+    pages = claims.project_root() / "book" / "records" / "pages.json"
+    here = records.path("executed", name, ".json")
+    record = records.read(here) if here.exists() else records.read(pages).get(name) if pages.exists() else None
+    if record is None:
+        return "not timed yet"
+    return f"last took {record['seconds']:.0f} s on {record['machine']} ({record['date'][:10]})"
+
+
+def report(name, notebook):
+    """Print what an executed notebook has settled."""
+    settled = claims.read_settled(notebook)
+    rows = [r for r in claims.scoreboard(records.settled_sources(name, settled)) if r["notebook"]]
+    for row in rows:
+        print(f"  {row['paper']}/{row['id']}: {row['verdict']}{' (' + row['reason'] + ')' if row['reason'] else ''}")
+
+
+def run_notebook(name, given, full):
+    """`repro run NOTEBOOK`: once, with other parameters or at full size."""
+    parameters, deviations = records.full_parameters(name) if full else ({}, [])
+    parameters = check(records.read(records.path("source", name)), parameters | given)
+    if full:
+        target = records.path("full", name)
+    elif parameters:
+        target = claims.project_root() / "_build" / "runs" / f"{name}-{digest(parameters)[:8]}.ipynb"
+    else:
+        target = records.path("executed", name)
+    print(f"{name}: {last_time(name)}", flush=True)
+    record = execute(name, parameters, target, "full" if full else "fast", deviations)
+    print(f"{name}: {record['seconds']:.0f} s -> {target.relative_to(claims.project_root())}")
+    report(name, target)
+
+
+# ---------------------------------------------------------------- sweeps
+
+def _point(name, parameters, target):
+    """One point of a sweep, in a worker process; a finished one is skipped."""
+    target = Path(target)
+    record = target.with_suffix(".json")
+    if target.exists() and record.exists() and not records.changed(records.read(record), name):
+        return True
+    execute(name, parameters, target, progress=False)
+    return False
+
+
+def _rows(parameters, swept, notebook):
+    for key, result in claims.read_settled(notebook).items():
+        for variable, value in result.get("values", {}).items():
+            yield {**{s: parameters[s] for s in swept}, "claim": key, "name": variable, "value": float(value)}
+
+
+def sweep(name, given, axes):
+    """`repro run NOTEBOOK --sweep seed 0 1 2`: every point of the grid, on a local dask cluster.
+
+    The tidy table (a row for each point, claim and name) lies under ``_build/sweeps``; `repro accept` moves a sweep
+    over seeds of the unchanged fast tier into the records of the book.
+    """
+    import pandas as pd
+    from distributed import Client, LocalCluster, as_completed
+    from tqdm import tqdm
+    source = records.read(records.path("source", name))
+    grid = [check(source, given | dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+    folder = records.path("sweeps", name, "")
+    targets = [folder / f"{digest(p)[:12]}.ipynb" for p in grid]
+    workers = max(1, min(len(grid), os.cpu_count()))
+    print(f"{name}: {len(grid)} points on {workers} workers; a page {last_time(name)}", flush=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
+    failed = []
+    with _environment(**threads), LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster, \
+            Client(cluster) as client:
+        futures = {client.submit(_point, name, p, str(t), pure=False): p for p, t in zip(grid, targets)}
+        for future in tqdm(as_completed(list(futures)), total=len(futures), unit="point"):
+            if future.exception() is not None:
+                failed.append(f"{futures[future]}: {future.exception()}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(grid)} points failed, finished ones are kept; first: {failed[0]}")
+    table = pd.DataFrame([row for p, t in zip(grid, targets) for row in _rows(p, list(axes), t)])
+    summary = records.manifest(name, given, "fast", sum(records.read(t.with_suffix(".json"))["seconds"] for t in targets), 0)
+    summary |= {"sweep": {k: list(v) for k, v in axes.items()}, "points": len(grid)}
+    records.write(records.path("sweeps", name, ".csv"), table.to_csv(index=False, float_format="%.10g"))
+    records.write(records.path("sweeps", name, ".json"), summary)
+    print(f"{name}: {len(grid)} points -> {records.path('sweeps', name, '.csv').relative_to(claims.project_root())}")
+
+
+# ---------------------------------------------------------------- the book
+
+def execute_all():
+    """Execute every chapter whose executed copy is missing or out of date; all failures are told together."""
+    failed = []
+    for name in records.notebooks():
+        if records.current(name):
+            print(f"{name}: up to date ({last_time(name)})")
+            continue
+        try:
+            run_notebook(name, {}, full=False)
+        except RunError as error:
+            records.path("executed", name).unlink(missing_ok=True)
+            failed.append(str(error))
+            print(f"FAILED {error}", file=sys.stderr)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(records.notebooks())} notebooks failed: {'; '.join(failed)}")
+
+
+def with_outputs(name):
+    """The committed notebook with the outputs of its executed copy, and nothing else of papermill's."""
+    source, done = records.read(records.path("source", name)), records.read(records.path("executed", name))
+    outputs = [c for c in done["cells"] if c["cell_type"] == "code"
+               and "injected-parameters" not in c["metadata"].get("tags", [])]
+    for cell, run in zip([c for c in source["cells"] if c["cell_type"] == "code"], outputs, strict=True):
+        cell["outputs"], cell["execution_count"] = run["outputs"], run["execution_count"]
+    return source
+
+
+def seed_cache():
+    """Hand the executed chapters to the book's cache, so that building executes nothing again."""
+    import nbformat
+    from jupyter_cache import get_cache
+    from jupyter_cache.base import CacheBundleIn
+    folder = claims.project_root() / "_build" / ".jupyter_cache"
+    shutil.rmtree(folder, ignore_errors=True)
+    cache = get_cache(folder)
+    for name in records.notebooks():
+        notebook = nbformat.from_dict(with_outputs(name))
+        seconds = records.read(records.path("executed", name, ".json"))["seconds"]
+        cache.cache_notebook_bundle(CacheBundleIn(notebook, str(records.path("source", name)),
+                                                  data={"execution_seconds": seconds}), check_validity=False)
+
+
+def book():
+    """`repro book`: execute, judge, render; fails on any failed notebook, warning or flipped verdict."""
+    from lib import pages
+    execute_all()
+    rows = claims.scoreboard(records.sources())
+    pages.generate(rows)
+    seed_cache()
+    root = claims.project_root()
+    shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)   # an incremental build hides failed pages
+    done = subprocess.run([sys.executable, "-m", "jupyter_book", "build", ".", "-W", "-n", "--keep-going", "-q"], cwd=root,
+                          env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    if done.returncode:
+        raise RunError("jupyter-book build failed: see the messages above")
+    print(f"open {root / '_build' / 'html' / 'index.html'}")
+    if lines := records.flips(rows):
+        print(*lines, sep="\n")
+        raise RunError(f"{len(lines)} verdicts differ from book/verdicts.json: look, then `repro accept`")
+
+
+def accept():
+    """`repro accept`: commit-ready outputs, sweeps, times and verdicts from the newest runs, and the diff of verdicts."""
+    stale = [name for name in records.notebooks() if not records.current(name)]
+    if stale:
+        raise RunError(f"not executed since the last change: {', '.join(stale)}; run `repro book` first")
+    times = {}
+    for name in records.notebooks():
+        records.write(records.path("source", name), json.dumps(with_outputs(name), indent=1, ensure_ascii=False) + "\n")
+        times[name] = records.read(records.path("executed", name, ".json"))
+        summary = records.path("sweeps", name, ".json")
+        if summary.exists() and "seed" in (record := records.read(summary))["sweep"] and not record["parameters"] \
+                and set(record["sweep"]) <= {"seed", "control"} and not records.changed(record, name):
+            for suffix in (".csv", ".json"):
+                records.write(records.path("seeds", name, suffix), records.path("sweeps", name, suffix).read_text())
+    records.write(claims.project_root() / "book" / "records" / "pages.json", times)
+    rows = claims.scoreboard(records.sources())
+    print(*records.flips(rows) or ["no verdict changed"], sep="\n")
+    records.write_verdicts(rows)
+
+
+def scoreboard(as_json):
+    """`repro scoreboard`: counts in words, or all 836 rows as one JSON object."""
+    rows = claims.scoreboard(records.sources())
+    if as_json:
+        print(json.dumps(claims._finite({"claims": rows, "counts": claims.counts(rows)}), ensure_ascii=False))
+        return
+    counted = claims.counts(rows)
+    print(f"{'':12}" + "".join(f"{slug:>22}" for slug in claims.VERDICTS))
+    for key, count in {"all": counted["all"], **counted["papers"], **counted["evidence"]}.items():
+        print(f"{key:14}" + "".join(f"{count[slug]:>20}" for slug in claims.VERDICTS))
+    print(f"{counted['statistical']} statistical verdicts; chance alone lets expect {counted['expected_false']} false ones")
+
+
+def data_sets():
+    """`repro data`: the data sets, their sizes, and where they lie."""
+    from lib import data
+    for row in data.catalogue():
+        print("  ".join(f"{key}: {value}" for key, value in row.items()))
+
+
+def smoke():
+    """Write every trained chapter with its tiny parameters to ``_build/smoke``, for nbval."""
+    import papermill
+    for name in records.notebooks():
+        file = records.path("source", name, ".smoke.yaml")
+        if file.exists():
+            target = claims.project_root() / "_build" / "smoke" / f"{name}.ipynb"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            parameters = check(records.read(records.path("source", name)), yaml.safe_load(file.read_text()))
+            papermill.execute_notebook(str(records.path("source", name)), str(target), parameters, prepare_only=True,
+                                       progress_bar=False)
+
+
+def _name_of(text):
+    """``<paper>/<topic>`` of a notebook given by path or by name."""
+    name = str(Path(text).with_suffix("")).removeprefix("./").split("notebooks/")[-1]
+    if name not in records.notebooks():
+        raise RunError(f"notebook must be one of {', '.join(records.notebooks())}, got {text!r}")
+    return name
+
+
+def _parser():
+    parser = argparse.ArgumentParser("repro", description="Execute the chapters, build the book, judge the claims.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("book", help="execute the notebooks and build _build/html/index.html")
+    run = commands.add_parser("run", help="execute notebooks, with other parameters or over a grid")
+    run.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter")
+    run.add_argument("--full", action="store_true", help="the paper's data and settings (a GPU, hours)")
+    commands.add_parser("accept", help="take outputs, sweeps, times and verdicts of the newest runs into the tree")
+    board = commands.add_parser("scoreboard", help="the verdict of each of the 836 claims")
+    board.add_argument("--json", action="store_true", help="one JSON object: claims and counts")
+    commands.add_parser("data", help="the data sets and where they lie")
+    commands.add_parser("smoke", help="write the trained chapters with tiny parameters to _build/smoke")
+    return parser
+
+
+def _run(options):
+    given = dict(options.p)
+    axes = {name: values for name, *values in options.sweep}
+    if empty := [name for name, values in axes.items() if not values]:
+        raise RunError(f"--sweep {empty[0]} needs at least one value")
+    if options.full and axes:
+        raise RunError("--full and --sweep cannot be combined yet: sweep a fast page, or run one full page")
+    for name in [_name_of(n) for n in options.notebooks]:
+        sweep(name, given, axes) if axes else run_notebook(name, given, options.full)
+
+
+def main(argv=None):
+    """The console command `repro`; mistakes end in one line and a non-zero exit."""
+    options = _parser().parse_args(argv)
+    try:
+        {"book": book, "accept": accept, "data": data_sets, "smoke": smoke, "run": lambda: _run(options),
+         "scoreboard": lambda: scoreboard(options.json)}[options.command]()
+    except (RunError, ParameterError, claims.ClaimError) as error:
+        print(f"repro: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("repro: interrupted; finished pages, points and checkpoints are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
