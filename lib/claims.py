@@ -6,31 +6,25 @@ A notebook hands the arrays to `settle`, which measures every expression with it
 in the cell's output; `verdict` turns stored results into one of the slugs below.
 Nothing in between can be typed by hand.
 """
-import ast
 import hashlib
 import html
 import json
 import math
-import operator
 import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import yaml
-from scipy import stats
+
+from lib.measure import LEVEL, ClaimError, evaluate, measure, names_in, outcome
 
 MIME = "application/vnd.repro.claims+json"
 VERDICTS = ("holds", "holds-as-corrected", "fails", "undecided", "holds-by-construction", "cited", "not-run")
 EVIDENCE = ("theorem", "stand-in", "reduced", "paper-settings")
-LEVEL = {"mc": .99, "images": .99, "blocks": .99, "seeds": .95}   # confidence of the intervals
 MIN_SEEDS = 5
 RULE_KEYS = {"tier", "data", "by", "n", "when", "atoms", "printed", "may_hold_under", "note"}
 ATOM_KEYS = {"q", "in", "like", "tol", "by", "says", "erratum"}
-
-
-class ClaimError(ValueError):
-    """A mistake in the ledger or in a call of `settle`, in one line."""
 
 
 # ---------------------------------------------------------------- the ledger
@@ -74,78 +68,7 @@ def rule_digest(rule):
     return hashlib.sha256(json.dumps(rule, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------- expressions
-
-_AGGREGATES = {"mean": np.mean, "median": np.median, "min": np.min, "max": np.max, "std": np.std,
-               "quantile": np.quantile}
-_FUNCTIONS = {"abs": np.abs, "log": np.log, "log10": np.log10, "log2": np.log2, "log1p": np.log1p,
-              "exp": np.exp, "sqrt": np.sqrt} | _AGGREGATES
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.Pow: operator.pow, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
-              ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-              ast.Eq: operator.eq, ast.NotEq: operator.ne}
-
-
-def _dotted(node):
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        head = _dotted(node.value)
-        return head and f"{head}.{node.attr}"
-    return None
-
-
-def _walk(node, arrays):
-    """Evaluate a parsed expression; anything beyond arithmetic, comparisons and the functions above is refused."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    if (name := _dotted(node)) is not None:
-        if name == "inf":
-            return math.inf
-        if name in arrays:
-            return arrays[name]
-        raise ClaimError(f"unknown name {name!r} in an expression")
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_walk(node.left, arrays), _walk(node.right, arrays))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_walk(node.operand, arrays))
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _OPERATORS:
-        return _OPERATORS[type(node.ops[0])](_walk(node.left, arrays), _walk(node.comparators[0], arrays))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS \
-            and not node.keywords:
-        arguments = [_walk(a, arrays) for a in node.args]
-        if node.func.id in ("min", "max") and len(arguments) == 2:
-            return (np.minimum if node.func.id == "min" else np.maximum)(*arguments)
-        return _FUNCTIONS[node.func.id](*arguments)
-    raise ClaimError(f"not allowed in an expression: {ast.unparse(node)}")
-
-
-@lru_cache(maxsize=None)
-def _parse(q):
-    try:
-        return ast.parse(str(q), mode="eval").body
-    except SyntaxError:
-        raise ClaimError(f"not an expression: {q!r}") from None
-
-
-def evaluate(q, arrays):
-    """The value of the expression `q` over named arrays: arithmetic, comparisons, mean, median, log and a few more."""
-    with np.errstate(all="ignore"):
-        return _walk(_parse(q), arrays)
-
-
-def names_in(q):
-    """The array names that an expression reads."""
-    found, todo = set(), [_parse(q)]
-    while todo:
-        node = todo.pop()
-        name = _dotted(node)
-        if name is not None:
-            found.add(name)
-        else:
-            todo += node.args if isinstance(node, ast.Call) else list(ast.iter_child_nodes(node))
-    return found - {"inf", "value"}
-
+# ---------------------------------------------------------------- rules
 
 def _atoms(rule):
     return [*rule.get("when", []), *rule["atoms"], *rule.get("printed", [])]
@@ -180,65 +103,6 @@ def check_rule(entry):
     rule_names(rule)
 
 
-# ---------------------------------------------------------------- intervals
-
-def _aggregates(q):
-    return any(isinstance(n, ast.Call) and n.func.id in _AGGREGATES and len(n.args) == (2 if n.func.id == "quantile" else 1)
-               for n in ast.walk(_parse(q)))
-
-
-def _t_interval(values, level):
-    # mean ± t_{(1+level)/2, n-1} · s / sqrt(n)
-    n = len(values)
-    if n < 2:
-        return -math.inf, math.inf
-    half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return values.mean() - half, values.mean() + half
-
-
-def _bootstrap(q, arrays, n, level, resamples=2000):
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(resamples):
-        pick = rng.integers(0, n, n)
-        draws.append(evaluate(q, {k: v[pick] if v.ndim and len(v) == n else v for k, v in arrays.items()}))
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-
-
-def _by_block(arrays):
-    ids, block = np.unique(arrays["block"], return_inverse=True)
-    count = np.bincount(block)
-    return {k: np.bincount(block, weights=v) / count if v.ndim and len(v) == len(block) else v
-            for k, v in arrays.items()}
-
-
-def measure(q, arrays, by):
-    """(estimate, low, high, n) of the expression `q`.
-
-    `exact` and `construction` give the smallest and the largest element; `mc` and `images` a 99 % interval of the
-    mean over the leading axis (Clopper-Pearson for booleans, bootstrap where `q` aggregates); `blocks` the same over
-    block means; `seeds` a 95 % t-interval over training runs.
-    """
-    arrays = {k: np.asarray(v) for k, v in arrays.items()}
-    if by == "blocks":
-        arrays = _by_block({k: v.astype(float) for k, v in arrays.items()})
-    used = {k: arrays[k] for k in names_in(q)}
-    value = np.asarray(evaluate(q, used))
-    if by in ("exact", "construction") or all(v.ndim == 0 for v in used.values()) and by != "seeds":
-        return float(value.mean()), float(value.min()), float(value.max()), int(value.size)
-    value = np.atleast_1d(value)
-    n, level = max((len(v) for v in used.values() if v.ndim), default=1), LEVEL[by]
-    if not np.isfinite(value.astype(float)).all():
-        return math.nan, -math.inf, math.inf, n
-    if _aggregates(q):
-        low, high = _bootstrap(q, used, n, level)
-    elif value.dtype == bool:
-        low, high = stats.binomtest(int(value.sum()), n).proportion_ci(level, "exact")
-    else:
-        low, high = _t_interval(value, level)
-    return float(value.mean()), float(low), float(high), n
-
-
 def allowed(atom, entry, arrays):
     """The interval [lo, hi] that an atom allows; `like: value` stands for the paper's own number."""
     known = {k: np.asarray(v) for k, v in arrays.items()} | {"value": entry.get("value", math.nan)}
@@ -247,17 +111,6 @@ def allowed(atom, entry, arrays):
     target, tol = float(evaluate(atom["like"], known)), atom["tol"]
     margin = tol["abs"] if "abs" in tol else abs(target) * tol["rel"]
     return [target - margin, target + margin]
-
-
-def outcome(low, high, bounds, by):
-    """`holds` when [low, high] lies inside the bounds, `fails` when disjoint (exact: not inside), else `undecided`."""
-    if math.isnan(low) or math.isnan(high):
-        return "fails" if by in ("exact", "construction") else "undecided"
-    if bounds[0] <= low and high <= bounds[1]:
-        return "holds"
-    if by in ("exact", "construction") or high < bounds[0] or low > bounds[1]:
-        return "fails"
-    return "undecided"
 
 
 # ---------------------------------------------------------------- settling
@@ -315,17 +168,30 @@ def settle(measured, section, paper=None):
         owner = owner or paper or notebook_name().split("/")[0]
         stored[f"{owner}/{id}"] = measure_claim(claim(owner, id), arrays) | {"section": section}
     settled.append(stored)
-    document = json.loads(json.dumps(_finite(stored)))
+    document = json.loads(json.dumps(finite(stored)))
     display({MIME: {"tier": os.environ.get("REPRO_TIER", "fast"), "claims": document},
              "text/html": _table(stored), "text/plain": "\n".join(_plain(stored))}, raw=True)
 
 
-def _finite(tree):
+def pick(pool, ids, data, paper=None):
+    """{claim id: the arrays that its rule needs} out of one `pool` {name: array}.
+
+    Claims about data sets that are not among `data`, those of this run, are left out.
+    """
+    paper = paper or notebook_name().split("/")[0]
+    rules = {id: claim(paper, id).get("rule") for id in ids}
+    if without := [id for id, rule in rules.items() if rule is None]:
+        raise ClaimError(f"claim {without[0]} has no rule: write it in the ledger, in a commit before the run")
+    return {id: {name: pool[name] for name in rule_names(rule) & set(pool)} for id, rule in rules.items()
+            if set(rule.get("data", ())) <= set(data)}
+
+
+def finite(tree):
     """JSON has no infinities: write them as strings; `float` reads them back."""
     if isinstance(tree, dict):
-        return {k: _finite(v) for k, v in tree.items()}
+        return {k: finite(v) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [_finite(v) for v in tree]
+        return [finite(v) for v in tree]
     return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
@@ -409,14 +275,20 @@ def measure_record(entry, table):
             for part in ("when", "atoms", "printed")} | {"rule": rule_digest(rule)}
 
 
-def read_settled(notebook):
-    """{paper/claim: stored JSON} of an executed notebook (a dict or a path); values of the last cell win."""
+def read_settled(notebook, tier=None):
+    """{paper/claim: stored JSON} of an executed notebook (a dict or a path); values of the last cell win.
+
+    With `tier`, only what was settled in that tier: a smoke run is no evidence.
+    """
     if not isinstance(notebook, dict):
         notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
     found = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
-            for key, result in output.get("data", {}).get(MIME, {}).get("claims", {}).items():
+            stored = output.get("data", {}).get(MIME, {})
+            if tier not in (None, stored.get("tier")):
+                continue
+            for key, result in stored.get("claims", {}).items():
                 for row in [*result["when"], *result["atoms"], *result["printed"]]:
                     row |= {k: float(row[k]) for k in ("estimate", "low", "high")}
                     row["allowed"] = [float(bound) for bound in row["allowed"]]

@@ -130,6 +130,26 @@ def seeds_table(name):
     return table, changed(read(path("seeds", name, ".json")), name)
 
 
+def compare(measured, ids):
+    """A table paper | record | here: `ids` maps names of this page's numbers to the claims with the paper's values.
+
+    The record is the mean over the recorded runs with its 95 % t-interval; a name without a claim has no paper value.
+    """
+    import pandas as pd
+    name = claims.notebook_name()
+    table, stale = seeds_table(name) if path("seeds", name, ".csv").exists() else (None, "")
+    rows = []
+    for key, id in ids.items():
+        record = "none yet"
+        if table is not None and key in set(table["name"]):
+            values = table[table["name"] == key].drop_duplicates("seed")["value"].to_numpy()
+            mean, low, high, n = claims.measure("v", {"v": values}, "seeds")
+            record = f"{mean:.2f} ± {(high - low) / 2:.2f} (n = {n}{', stale' if stale else ''})"
+        value = claims.claim(name.split("/")[0], id).get("value") if id else None
+        rows.append({"": key, "paper": "" if value is None else f"{value}", "record": record, "here": f"{measured[key]:.2f}"})
+    return pd.DataFrame(rows).style.hide(axis="index")
+
+
 def settled_sources(name, settled, tier="fast", deviations=()):
     """{paper/claim: source for `claims.judge`} of what one notebook has settled in one tier."""
     table, stale = seeds_table(name) if tier == "fast" else (None, "")
@@ -149,10 +169,10 @@ def sources():
     found = {}
     for name in notebooks():
         file = path("executed", name) if current(name) else path("source", name)
-        found |= settled_sources(name, claims.read_settled(file))
+        found |= settled_sources(name, claims.read_settled(file, "fast"))
         if path("full", name).exists():
             record = read(path("full", name, ".json"))
-            found |= settled_sources(name, claims.read_settled(path("full", name)), "full", record["deviations"])
+            found |= settled_sources(name, claims.read_settled(path("full", name), "full"), "full", record["deviations"])
     return found
 
 

@@ -21,6 +21,10 @@ from lib.digest import digest
 from lib.parameters import ParameterError, check
 
 
+# glibc hands large blocks back to the kernel after every operation; a flow then spends half its time on page faults
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 31 - 1)}
+
+
 class RunError(RuntimeError):
     """A run that failed, told in one line."""
 
@@ -39,6 +43,11 @@ def _environment(**variables):
             os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
 
 
+def _largest_child():
+    """Resident memory of the largest finished child process, MiB."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+
+
 def execute(name, parameters, target, tier="fast", deviations=(), progress=True):
     """Execute chapter `name` with papermill into `target` and write its manifest beside it.
 
@@ -49,19 +58,21 @@ def execute(name, parameters, target, tier="fast", deviations=(), progress=True)
     aside = claims.project_root() / "_build" / "failed" / f"{name}-{os.getpid()}.ipynb"
     aside.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0"):
+    start, before = time.perf_counter(), _largest_child()
+    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0", **KEEP_MEMORY):
         try:
             papermill.execute_notebook(str(records.path("source", name)), str(aside), parameters=parameters,
                                        cwd=str(records.path("source", name).parent), progress_bar=progress,
-                                       kernel_name="python3", autosave_cell_every=30)
+                                       kernel_name="python3", language="python", autosave_cell_every=30)
         except PapermillExecutionError as error:
             kept = aside.with_name(f"{Path(name).name}.ipynb")
             aside.replace(kept)
             raise RunError(f"{name}: {error.ename}: {str(error.evalue).splitlines()[0] if error.evalue else ''} "
                            f"(cell {error.exec_count}; see {kept.relative_to(claims.project_root())})") from None
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-    record = records.manifest(name, parameters, tier, time.perf_counter() - start, memory, deviations)
+    memory = _largest_child()
+    # a kernel smaller than an earlier one of this process leaves no trace
+    record = records.manifest(name, parameters, tier, time.perf_counter() - start, memory if memory > before else None,
+                              deviations)
     records.write(target, aside.read_text(encoding="utf-8"))
     records.write(target.with_suffix(".json"), record)
     aside.unlink()
@@ -146,7 +157,8 @@ def sweep(name, given, axes):
     if failed:
         raise RunError(f"{len(failed)} of {len(grid)} points failed, finished ones are kept; first: {failed[0]}")
     table = pd.DataFrame([row for p, t in zip(grid, targets) for row in _rows(p, list(axes), t)])
-    summary = records.manifest(name, given, "fast", sum(records.read(t.with_suffix(".json"))["seconds"] for t in targets), 0)
+    seconds = sum(records.read(t.with_suffix(".json"))["seconds"] for t in targets)
+    summary = records.manifest(name, given, "fast", seconds, None)
     summary |= {"sweep": {k: list(v) for k, v in axes.items()}, "points": len(grid)}
     records.write(records.path("sweeps", name, ".csv"), table.to_csv(index=False, float_format="%.10g"))
     records.write(records.path("sweeps", name, ".json"), summary)
@@ -240,7 +252,7 @@ def scoreboard(as_json):
     """`repro scoreboard`: counts in words, or all 836 rows as one JSON object."""
     rows = claims.scoreboard(records.sources())
     if as_json:
-        print(json.dumps(claims._finite({"claims": rows, "counts": claims.counts(rows)}), ensure_ascii=False))
+        print(json.dumps(claims.finite({"claims": rows, "counts": claims.counts(rows)}), ensure_ascii=False))
         return
     counted = claims.counts(rows)
     print(f"{'':12}" + "".join(f"{slug:>22}" for slug in claims.VERDICTS))
@@ -251,9 +263,10 @@ def scoreboard(as_json):
 
 def data_sets():
     """`repro data`: the data sets, their sizes, and where they lie."""
+    import pandas as pd
+
     from lib import data
-    for row in data.catalogue():
-        print("  ".join(f"{key}: {value}" for key, value in row.items()))
+    print(pd.DataFrame(data.catalogue()).to_string(index=False))
 
 
 def smoke():
