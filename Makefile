@@ -15,9 +15,9 @@ test: $(BIN)/.ready
 	$(MAKE) nbval
 
 nbval: $(BIN)/.ready
-	$(BIN)/python -m pytest -q --nbval -p no:cacheprovider $(THEORY)
+	$(BIN)/python -m pytest -q --nbval -p no:cacheprovider -p tests.nbval_compare $(THEORY)
 	$(BIN)/repro smoke
-	REPRO_TIER=smoke $(BIN)/python -m pytest -q --nbval-lax -p no:cacheprovider _build/smoke
+	REPRO_TIER=smoke $(BIN)/python -m pytest -q --nbval-lax -p no:cacheprovider -p tests.nbval_compare _build/smoke
 
 benchmarks: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -s tests/benchmarks

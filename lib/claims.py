@@ -216,13 +216,16 @@ def span(low, high):
 def _table(stored):
     rows = []
     for key, result in stored.items():
+        name = f"<code>{html.escape(key.partition('/')[2])}</code>"
         for part in ("when", "atoms", "printed"):
             for row in result[part]:
-                what = html.escape(row["says"] or row["q"])
-                rows.append(f"<tr><td><code>{html.escape(key.partition('/')[2])}</code></td>"
-                            f"<td>{'as printed: ' if part == 'printed' else ''}{what}</td>"
-                            f"<td>{number(row['estimate'])}</td><td>{span(row['low'], row['high'])}</td>"
-                            f"<td>{span(*row['allowed'])}</td><td>{row['n']}</td><td>{row['outcome']}</td></tr>")
+                says = row["says"] or row["q"]
+                if part == "printed" and not says.startswith("as printed"):
+                    says = f"as printed: {says}"
+                cells = (name, html.escape(says), number(row["estimate"]), span(row["low"], row["high"]),
+                         span(*row["allowed"]), row["n"], row["outcome"])
+                rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+                name = ""
     head = "".join(f"<th>{h}</th>" for h in ("claim", "what is tested", "measured", "interval", "allowed", "n", ""))
     return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
