@@ -1,7 +1,7 @@
 """One digest for stale results and for trained models: of values, and of the code in `lib` they were made by.
 
-Code counts by its syntax tree without docstrings: a comment or a docstring changes nothing, an edit that matters
-does. The tree is written out here, not by `ast.dump`, whose text differs between Python versions.
+Code counts by its syntax tree without docstrings: a comment or a docstring changes nothing, an edit that
+matters does. The tree is written out here, not by `ast.dump`, whose text differs between Python versions.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 # Drawing, judging and running cannot change a number.
-EXEMPT = ("lib.plots", "lib.claims", "lib.records", "lib.parameters", "lib.run", "lib.pages")
+EXEMPT = ("lib.plots", "lib.claims", "lib.measure", "lib.records", "lib.parameters", "lib.run", "lib.pages")
 
 
 def digest(value) -> str:
@@ -38,18 +38,18 @@ def _plain(node):
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = fields["body"][1:]
-    return [type(node).__name__, *([name, _plain(value)] for name, value in fields.items() if value not in (None, []))]
+    filled = ([name, _plain(value)] for name, value in fields.items() if value not in (None, []))
+    return [type(node).__name__, *filled]
 
 
 def _file(module: str) -> Path | None:
     """Source file of a module of lib; None if there is no such module."""
     path = ROOT.joinpath(*module.split(".")[1:])
-    candidates = (path.with_suffix(".py"), path / "__init__.py") if module != "lib" else (ROOT / "__init__.py",)
-    return next((c for c in candidates if c.is_file()), None)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def modules_of(source: str, package: str = "lib") -> set[str]:
-    """The modules of lib that a piece of code imports itself, anywhere in it; `package` resolves relative imports."""
+    """The modules of lib that a piece of code imports; `package` resolves relative imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def modules_of(source: str, package: str = "lib") -> set[str]:
 
 
 def module_digests(modules) -> dict[str, str]:
-    """{module: digest} of the modules of lib given and of all they import, transitively; EXEMPT ones never count.
+    """{module: digest} of the given modules of lib and all they import, transitively, without EXEMPT.
 
     A submodule brings its packages' `__init__`. Raises ValueError for a module that is not in lib.
     """
