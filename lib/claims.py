@@ -354,7 +354,8 @@ def show(rows):
     """Display rows of a scoreboard as a small table."""
     from IPython.display import display
     body = "".join(f"<tr><td><code>{html.escape(r['id'])}</code></td>"
-                   f"<td>{html.escape(claim(r['paper'], r['id'])['says'])}</td><td><b>{r['verdict']}</b></td>"
+                   f"<td>{html.escape(claim(r['paper'], r['id'])['says'])}</td>"
+                   f'<td><span class="verdict {r["verdict"]}">{r["verdict"]}</span></td>'
                    f"<td>{r['evidence']}</td><td>{html.escape(r['reason'])}</td></tr>" for r in rows)
     head = "".join(f"<th>{h}</th>" for h in ("claim", "what it says", "verdict", "evidence", "why"))
     display({"text/html": f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
