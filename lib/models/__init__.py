@@ -1,0 +1,1 @@
+"""Generative classifiers. Nothing is re-exported: a page's digest depends only on what it uses."""
