@@ -16,6 +16,7 @@ import yaml
 
 from lib import claims
 from lib.digest import digest, module_digests, modules_of, syntax
+from lib.parameters import parameters
 
 VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image")
 
@@ -59,13 +60,13 @@ def _code(notebook):
     return lots
 
 
-def parts(name, parameters):
-    """What the results of a notebook depend on: {part: digest}, with the parameters that were given."""
+def parts(name, given):
+    """What the results of a notebook depend on: {part: digest}, with the parameters `given` over its defaults."""
     code = _code(read(path("source", name)))
     source = "\n".join(code["rest"])
-    rules = {e["id"]: claims.rule_digest(e["rule"]) for e in claims.ledger(name.split("/")[0])["claims"]
-             if "rule" in e and f'"{e["id"]}"' in source}
-    return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), parameters]),
+    rules = {e["id"]: claims.rule_digest(e["rule"]) for paper in claims.papers() for e in claims.ledger(paper)["claims"]
+             if "rule" in e and f'"{"" if paper == name.split("/")[0] else paper + "/"}{e["id"]}"' in source}
+    return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), given]),
             "rules": digest(rules), **module_digests(modules_of(source))}
 
 
@@ -92,21 +93,22 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def fingerprints(parameters):
-    """{data set: fingerprint} of the data sets that the parameters name."""
+def fingerprints(name, given):
+    """{data set: fingerprint} of the data sets that a notebook's parameters name."""
     from lib import data
+    declared = {k: p.parse(p.default.strip("\"'")) for k, p in parameters(read(path("source", name))).items()}
     known = {row["name"] for row in data.catalogue()}
-    values = [v for value in parameters.values() for v in (value if isinstance(value, list) else [value])]
+    values = [v for value in (declared | given).values() for v in (value if isinstance(value, list) else [value])]
     return {v: data.load(v).fingerprint for v in values if isinstance(v, str) and v in known}
 
 
-def manifest(name, parameters, tier, seconds, memory, deviations=()):
-    """The record beside an executed notebook."""
-    return {"notebook": name, "tier": tier, "parameters": parameters, "seconds": round(seconds, 1),
-            "peak_memory_mib": memory, "machine": machine(), "device": parameters.get("device", "cpu"),
+def manifest(name, given, tier, seconds, memory, deviations=()):
+    """The record beside an executed notebook, run with the parameters `given` over its defaults."""
+    return {"notebook": name, "tier": tier, "parameters": given, "seconds": round(seconds, 1),
+            "peak_memory_mib": memory, "machine": machine(), "device": given.get("device", "cpu"),
             "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(), "versions": {p: version(p) for p in VERSIONS},
-            "data": fingerprints(parameters), "deviations": list(deviations), "parts": parts(name, parameters)}
+            "data": fingerprints(name, given), "deviations": list(deviations), "parts": parts(name, given)}
 
 
 def current(name):

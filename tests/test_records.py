@@ -1,0 +1,43 @@
+"""The committed evidence: recorded sweeps are current and complete, and controls show no trend they may not show."""
+import pandas as pd
+import pytest
+
+from lib import claims, records
+
+SWEEPS = sorted(str(p.relative_to(claims.project_root() / "book/records/seeds").with_suffix(""))
+                for p in (claims.project_root() / "book" / "records" / "seeds").glob("*/*.csv"))
+
+
+def by_seeds(name):
+    """The claims of a chapter's paper that its recorded sweep measured."""
+    table = pd.read_csv(records.path("seeds", name, ".csv"))
+    paper = name.split("/")[0]
+    return table, [claims.claim(paper, key.split("/")[1]) for key in sorted(set(table["claim"]))]
+
+
+def test_there_are_records():
+    assert SWEEPS
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_recorded_sweep_is_current(name):
+    assert records.changed(records.read(records.path("seeds", name, ".json")), name) == ""
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("control", ["untrained", "shuffled"])
+def test_no_trend_holds_under_a_control(name, control):
+    table, entries = by_seeds(name)
+    rows = table[table["control"] == control]
+    assert rows["seed"].nunique() >= claims.MIN_SEEDS
+    for entry in entries:
+        slug, reason, _ = claims.verdict(entry["rule"], claims.measure_record(entry, rows))
+        allowed = control in entry["rule"].get("may_hold_under", ())
+        assert allowed or not slug.startswith("holds"), f"{entry['id']} holds with the control {control}"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_seed_differs(name):
+    table, entries = by_seeds(name)
+    real = table[table["control"] == "none"].drop_duplicates(["seed", "name"])
+    assert (real.groupby("name")["value"].nunique() > 1).mean() > .9     # five copies of one run are one run
