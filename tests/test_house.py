@@ -142,6 +142,34 @@ def faults(notebook: dict) -> list[str]:
     return found
 
 
+def names(sources, context):
+    """The names that pieces of code bind (ast.Store, arguments of a lambda too) or read (ast.Load)."""
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)} if context is ast.Store else set()
+    return arguments | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+def leaks(notebook):
+    """What cells tagged `figure` bind and others read without binding it themselves.
+
+    Such cells do not count for staleness, so a result must not pass through them.
+    """
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    drawing = ["".join(c["source"]) for c in code if "figure" in c["metadata"].get("tags", [])]
+    rest = ["".join(c["source"]) for c in code if "figure" not in c["metadata"].get("tags", [])]
+    return (names(drawing, ast.Store) & names(rest, ast.Load)) - names(rest, ast.Store)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_cells_that_only_draw_hand_nothing_on(path):
+    assert leaks(json.loads(path.read_text())) == set()
+
+
+def test_leaks_are_found():
+    drawing = cell("y = 2 * x", metadata={"tags": ["figure"]})
+    assert leaks({"cells": [cell("x = 1"), drawing, cell("print(y)")]}) == {"y"}
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
