@@ -23,7 +23,7 @@ MIME = "application/vnd.repro.claims+json"
 VERDICTS = ("holds", "holds-as-corrected", "fails", "undecided", "holds-by-construction", "cited", "not-run")
 EVIDENCE = ("theorem", "stand-in", "reduced", "paper-settings")
 MIN_SEEDS = 5
-RULE_KEYS = {"tier", "data", "by", "n", "when", "atoms", "printed", "may_hold_under", "note"}
+RULE_KEYS = {"tier", "data", "by", "n", "when", "atoms", "printed", "may_hold_under", "scope", "note"}
 ATOM_KEYS = {"q", "in", "like", "tol", "by", "says", "erratum"}
 
 
@@ -63,9 +63,10 @@ def claim(paper, id):
     raise ClaimError(f"claim must be an id of book/claims/{paper}.yaml, got {id!r}")
 
 
-def rule_digest(rule):
-    """Twelve hex digits that change when a rule changes."""
-    return hashlib.sha256(json.dumps(rule, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def rule_digest(entry):
+    """Twelve hex digits that change when a claim's rule or the paper's value changes."""
+    judged = {key: entry.get(key) for key in ("rule", "value")}
+    return hashlib.sha256(json.dumps(judged, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- rules
@@ -97,6 +98,8 @@ def check_rule(entry):
             raise ClaimError(f"{where}: by must be exact, construction, {', '.join(LEVEL)}")
         if ("in" in atom) == ("like" in atom):
             raise ClaimError(f"{where}: an atom needs either in or like: {atom['q']}")
+        if "like" in atom and set(atom.get("tol", {})) not in ({"abs"}, {"rel"}):
+            raise ClaimError(f"{where}: like needs tol with abs or rel: {atom['q']}")
     errata = len(entry.get("erratum", []))
     if any(not 1 <= a.get("erratum", 1) <= errata for a in rule.get("printed", [])):
         raise ClaimError(f"{where}: a printed atom names an erratum that the claim does not have")
@@ -143,7 +146,7 @@ def measure_claim(entry, arrays):
     result = {part: _measure_atoms(rule.get(part, []), rule, entry, arrays) for part in ("when", "atoms", "printed")}
     if rule["by"] == "seeds":
         result["values"] = {name: float(np.asarray(arrays[name])) for name in sorted(needed)}
-    return result | {"rule": rule_digest(rule)}
+    return result | {"rule": rule_digest(entry)}
 
 
 def notebook_name():
@@ -232,9 +235,10 @@ def _table(stored):
 
 # ---------------------------------------------------------------- verdicts
 
-def verdict(rule, result):
+def verdict(entry, result):
     """(slug, reason, decisive row) from the measured atoms of one claim."""
-    if result["rule"] != rule_digest(rule):
+    rule = entry["rule"]
+    if result["rule"] != rule_digest(entry):
         return "not-run", "rule changed since the run", None
     for row in result["when"]:
         if row["outcome"] != "holds":
@@ -243,19 +247,20 @@ def verdict(rule, result):
         if row["outcome"] == "fails":
             return "fails", row["says"] or row["q"], row
     for row in result["atoms"]:
-        least = MIN_SEEDS if row["by"] == "seeds" else 1
+        # a full-size run costs too much for five: there the rule says how many
+        least = MIN_SEEDS if row["by"] == "seeds" and rule["tier"] == "fast" else 1
         if row["by"] in LEVEL and row["n"] < max(least, rule.get("n", 1)):
             few = "one seed" if (row["by"], row["n"]) == ("seeds", 1) else f"n = {row['n']}"
             return "undecided", few, row
         if row["outcome"] == "undecided":
             return "undecided", f"interval not inside: {row['says'] or row['q']}", row
     for row in result["printed"]:
-        if row["outcome"] != "fails":
+        if row["outcome"] != "fails" or math.isnan(row["low"]):
             return "undecided", f"printed form does not fail: erratum {row['erratum']}", row
-    first = result["atoms"][0]
+    first, scope = result["atoms"][0], rule.get("scope", "")
     if rule["by"] == "construction":
-        return "holds-by-construction", "", first
-    return ("holds-as-corrected" if result["printed"] else "holds"), "", first
+        return "holds-by-construction", scope, first
+    return ("holds-as-corrected" if result["printed"] else "holds"), scope, first
 
 
 def evidence(rule, deviations=()):
@@ -267,19 +272,21 @@ def evidence(rule, deviations=()):
     return "reduced" if deviations else "paper-settings"
 
 
-def measure_record(entry, table):
+def measure_record(paper, entry, table):
     """As `measure_claim` for a recorded sweep: `table` has the columns claim, name, seed, value, a row per run."""
-    rows = table[table["claim"].str.endswith(f"/{entry['id']}")]
+    rows = table[table["claim"] == f"{paper}/{entry['id']}"]
+    if rows.duplicated(["name", "seed"]).any():
+        raise ClaimError(f"claim {entry['id']}: the recorded sweep has a seed twice")
     wide = rows.pivot(index="seed", columns="name", values="value").sort_index()
     if missing := rule_names(entry["rule"]) - set(wide.columns):
         raise ClaimError(f"claim {entry['id']}: the recorded sweep lacks the names {sorted(missing)}")
     rule, arrays = entry["rule"], {name: wide[name].to_numpy() for name in wide.columns}
     return {part: _measure_atoms(rule.get(part, []), rule, entry, arrays)
-            for part in ("when", "atoms", "printed")} | {"rule": rule_digest(rule)}
+            for part in ("when", "atoms", "printed")} | {"rule": rule_digest(entry)}
 
 
 def read_settled(notebook, tier=None):
-    """{paper/claim: stored JSON} of an executed notebook (a dict or a path); values of the last cell win.
+    """{paper/claim: stored JSON} of an executed notebook (a dict or a path); a claim settled twice raises.
 
     With `tier`, only what was settled in that tier: a smoke run is no evidence.
     """
@@ -295,6 +302,9 @@ def read_settled(notebook, tier=None):
                 for row in [*result["when"], *result["atoms"], *result["printed"]]:
                     row |= {k: float(row[k]) for k in ("estimate", "low", "high")}
                     row["allowed"] = [float(bound) for bound in row["allowed"]]
+                    row["outcome"] = outcome(row["low"], row["high"], row["allowed"], row["by"])
+                if key in found:
+                    raise ClaimError(f"claim {key} is settled twice on one page")
                 found[key] = result
     return found
 
@@ -303,7 +313,7 @@ def judge(paper, entry, source=None):
     """One row of the scoreboard for one claim.
 
     `source` tells where its evidence comes from: {notebook, result, table, record, stale, deviations}; `table` is the
-    recorded sweep of a `by: seeds` claim, `stale` says why a record no longer counts.
+    recorded sweep of a `by: seeds` claim, `stale` says what has changed since the run or the record.
     """
     row = {"paper": paper, "id": entry["id"], "kind": entry["kind"], "verdict": "not-run", "reason": "no chapter yet",
            "evidence": None, "tier": None, "notebook": None, "n": None, "interval": None, "record": None}
@@ -316,15 +326,17 @@ def judge(paper, entry, source=None):
     if source is None:
         return row | {"reason": "no full-size record" if rule["tier"] == "full" else "its notebook has not run"}
     row |= {"notebook": source["notebook"], "evidence": evidence(rule, source.get("deviations", ()))}
+    if source.get("stale"):
+        return row | {"reason": f"stale: {source['stale']}"}
     result = source["result"]
     if rule["by"] == "seeds" and source.get("table") is not None:
         row["record"] = source["record"]
-        if source.get("stale"):
-            return row | {"reason": f"record stale: {source['stale']}"}
-        result = measure_record(entry, source["table"])
-    slug, reason, decisive = verdict(rule, result)
+        result = measure_record(paper, entry, source["table"])
+    slug, reason, decisive = verdict(entry, result)
     if decisive is not None:
         row |= {"n": decisive["n"], "interval": [decisive["low"], decisive["high"]]}
+    if decisive and entry["kind"] == "number" and row["evidence"] in ("stand-in", "reduced"):
+        slug, reason = "undecided", f"only the paper's settings settle a number; measured {number(decisive['estimate'])}"
     return row | {"verdict": slug, "reason": reason}
 
 
@@ -335,19 +347,21 @@ def scoreboard(sources):
 
 
 def counts(rows):
-    """Verdicts counted over all, per paper and per evidence level, and how many false ones chance lets expect.
-
-    A statistical verdict is wrong with probability at most one minus the level of its interval.
-    """
+    """Verdicts counted over all, per paper and per evidence level, and a bound on the false ones to expect by chance."""
     def count(some):
         return {slug: sum(r["verdict"] == slug for r in some) for slug in VERDICTS}
-    by = {(p, e["id"]): e["rule"]["by"] for p in papers() for e in ledger(p)["claims"] if "rule" in e}
-    decided = [by[r["paper"], r["id"]] for r in rows if r["verdict"] in ("holds", "holds-as-corrected", "fails")]
-    statistical = [b for b in decided if b in LEVEL]
+    rules = {(p, e["id"]): e["rule"] for p in papers() for e in ledger(p)["claims"] if "rule" in e}
+    statistical, false = 0, 0.0
+    for row in rows:
+        if row["verdict"] in ("holds", "holds-as-corrected", "fails"):
+            rule = rules[row["paper"], row["id"]]
+            misses = [1 - LEVEL[b] for b in (a.get("by", rule["by"]) for a in rule["atoms"]) if b in LEVEL]
+            statistical += bool(misses)
+            # a false `fails` needs one interval beyond its bounds, a false `holds` every one inside
+            false += (sum(misses) / 2 if row["verdict"] == "fails" else max(misses)) if misses else 0
     return {"all": count(rows), "papers": {p: count([r for r in rows if r["paper"] == p]) for p in papers()},
             "evidence": {level: count([r for r in rows if r["evidence"] == level]) for level in EVIDENCE},
-            "statistical": len(statistical),
-            "expected_false": round(sum(1 - LEVEL[b] for b in statistical), 2)}
+            "statistical": statistical, "expected_false": round(false, 2)}
 
 
 def show(rows):

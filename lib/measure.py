@@ -89,8 +89,9 @@ def names_in(q):
 
 
 def _aggregates(q):
-    return any(isinstance(n, ast.Call) and n.func.id in _AGGREGATES and len(n.args) == (2 if n.func.id == "quantile" else 1)
-               for n in ast.walk(_parse(q)))
+    """The aggregating calls of an expression, as parsed nodes."""
+    return [n for n in ast.walk(_parse(q)) if isinstance(n, ast.Call) and n.func.id in _AGGREGATES
+            and len(n.args) == (2 if n.func.id == "quantile" else 1)]
 
 
 def _t_interval(values, level):
@@ -102,12 +103,24 @@ def _t_interval(values, level):
     return values.mean() - half, values.mean() + half
 
 
-def _bootstrap(q, arrays, n, level, resamples=2000):
-    rng = np.random.default_rng(0)
-    draws = []
+def _share(q, arrays, level):
+    """Clopper-Pearson interval of an expression over one array of zeros and ones; None where it is no such thing."""
+    binary = [k for k, v in arrays.items() if v.ndim and np.isin(v, (0, 1)).all()]
+    if len(binary) != 1 or sum(v.ndim > 0 for v in arrays.values()) != 1:
+        return None
+    draws = arrays[binary[0]].astype(bool)
+    low, high = stats.binomtest(int(draws.sum()), len(draws)).proportion_ci(level, "exact")
+    # the expression takes one value where the draw is 0 and another where it is 1, and its mean lies between them
+    zero, one = (float(evaluate(q, arrays | {binary[0]: np.asarray(bit)})) for bit in (False, True))
+    return sorted((zero + (one - zero) * low, zero + (one - zero) * high))
+
+
+def _bootstrap(q, arrays, level, resamples=2000):
+    """Percentile interval; arrays of one length are resampled together."""
+    rng, draws = np.random.default_rng(0), []
     for _ in range(resamples):
-        pick = rng.integers(0, n, n)
-        draws.append(evaluate(q, {k: v[pick] if v.ndim and len(v) == n else v for k, v in arrays.items()}))
+        picks = {n: rng.integers(0, n, n) for n in sorted({len(v) for v in arrays.values() if v.ndim})}
+        draws.append(evaluate(q, {k: v[picks[len(v)]] if v.ndim else v for k, v in arrays.items()}))
     return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
 
 
@@ -122,26 +135,42 @@ def measure(q, arrays, by):
     """(estimate, low, high, n) of the expression `q`.
 
     `exact` and `construction` give the smallest and the largest element; `mc` and `images` a 99 % interval of the
-    mean over the leading axis (Clopper-Pearson for booleans, bootstrap where `q` aggregates); `blocks` the same over
-    block means; `seeds` a 95 % t-interval over training runs.
+    mean over the leading axis (Clopper-Pearson for zeros and ones, bootstrap where `q` aggregates); `blocks` the same
+    over block means; `seeds` a 95 % t-interval over training runs. A NaN in any input makes all of it NaN.
     """
     arrays = {k: np.asarray(v) for k, v in arrays.items()}
     if by == "blocks":
         arrays = _by_block({k: v.astype(float) for k, v in arrays.items()})
     used = {k: arrays[k] for k in names_in(q)}
-    value = np.asarray(evaluate(q, used))
-    if by in ("exact", "construction") or all(v.ndim == 0 for v in used.values()) and by != "seeds":
+    if empty := [k for k, v in used.items() if v.size == 0]:
+        raise ClaimError(f"{empty[0]} must not be empty: {q}")
+    n = max((len(v) for v in used.values() if v.ndim), default=1)
+    if any(np.isnan(v.astype(float)).any() for v in used.values()):
+        return math.nan, math.nan, math.nan, n
+    if by in ("exact", "construction"):
+        value = np.asarray(evaluate(q, used))
         return float(value.mean()), float(value.min()), float(value.max()), int(value.size)
-    value = np.atleast_1d(value)
-    n, level = max((len(v) for v in used.values() if v.ndim), default=1), LEVEL[by]
+    if any(v.ndim > 1 for v in used.values()):
+        raise ClaimError(f"by {by} needs one number a draw, got arrays of more than one axis: {q}")
+    return _sampled(q, used, by, n)
+
+
+def _sampled(q, arrays, by, n):
+    """`measure` for draws, images, blocks and seeds."""
+    level, whole = LEVEL[by], _parse(q)
+    if isinstance(whole, ast.Call) and whole.func.id == "mean" and len(_aggregates(q)) == 1:
+        q = ast.unparse(whole.args[0])        # the mean over draws is what is estimated anyway
+    if any(call.func.id in ("min", "max") for call in _aggregates(q)):
+        raise ClaimError(f"the smallest or largest of draws has no interval: {q}")
+    value = np.atleast_1d(np.asarray(evaluate(q, arrays)))
+    if all(v.ndim == 0 for v in arrays.values()) and by != "seeds":
+        return float(value.mean()), -math.inf, math.inf, 1     # one number is no sample
     if not np.isfinite(value.astype(float)).all():
         return math.nan, -math.inf, math.inf, n
     if _aggregates(q):
-        low, high = _bootstrap(q, used, n, level)
-    elif value.dtype == bool:
-        low, high = stats.binomtest(int(value.sum()), n).proportion_ci(level, "exact")
+        low, high = _bootstrap(q, arrays, level)
     else:
-        low, high = _t_interval(value, level)
+        low, high = by != "seeds" and _share(q, arrays, level) or _t_interval(value.astype(float), level)
     return float(value.mean()), float(low), float(high), n
 
 

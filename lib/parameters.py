@@ -32,6 +32,8 @@ class Parameter:
         if not any(_is(value, kind) for kind in kinds):
             raise ParameterError(f"{self.name} must be {self.type}, got {value!r}")
         value = float(value) if "float" in kinds and isinstance(value, int) and not isinstance(value, bool) else value
+        if value == []:
+            raise ParameterError(f"{self.name} must hold at least one value ({self.allowed}), got []")
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not self._inside(item):
                 raise ParameterError(f"{self.name} must be {self.allowed}, got {item!r}")
@@ -44,7 +46,11 @@ class Parameter:
             # YAML reads 1e-3 as text: try numbers first
             return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
         except ValueError:
+            pass
+        try:
             return None if text == "None" else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ParameterError(f"{self.name} must be {self.type}, got {text!r}") from None
 
     def _inside(self, value):
         if self.allowed.startswith("one of "):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from lib import claims
+from lib import claims, measure
 from lib.digest import digest, module_digests, modules_of, syntax
 from lib.parameters import parameters
 
@@ -64,17 +64,22 @@ def parts(name, given):
     """What the results of a notebook depend on: {part: digest}, with the parameters `given` over its defaults."""
     code = _code(read(path("source", name)))
     source = "\n".join(code["rest"])
-    rules = {e["id"]: claims.rule_digest(e["rule"]) for paper in claims.papers() for e in claims.ledger(paper)["claims"]
+    rules = {e["id"]: claims.rule_digest(e) for paper in claims.papers() for e in claims.ledger(paper)["claims"]
              if "rule" in e and f'"{"" if paper == name.split("/")[0] else paper + "/"}{e["id"]}"' in source}
     return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), given]),
-            "rules": digest(rules), **module_digests(modules_of(source))}
+            "rules": digest(rules), **module_digests(modules_of(source)), "figures": digest(code["figure"]),
+            "measuring": syntax(Path(measure.__file__).read_text(encoding="utf-8")),
+            "recorded sweep": digest(path("seeds", name, ".csv").read_text()) if path("seeds", name, ".csv").exists() else ""}
 
 
-def changed(manifest, name):
-    """What has changed since a manifest was written, in words; empty where the record is current."""
-    now = parts(name, manifest["parameters"])
-    then = manifest["parts"]
-    return ", ".join(sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)))
+# What a page shows beside its numbers; the numbers of a recorded sweep do not depend on it.
+SHOWN = {"figures", "measuring", "recorded sweep"}
+
+
+def changed(manifest, name, but=frozenset()):
+    """What has changed since a manifest was written, in words, parts in `but` aside; empty where it is current."""
+    now, then = parts(name, manifest["parameters"]), manifest["parts"]
+    return ", ".join(sorted(k for k in (now.keys() | then.keys()) - but if now.get(k) != then.get(k)))
 
 
 def machine():
@@ -102,13 +107,13 @@ def fingerprints(name, given):
     return {v: data.load(v).fingerprint for v in values if isinstance(v, str) and v in known}
 
 
-def manifest(name, given, tier, seconds, memory, deviations=()):
-    """The record beside an executed notebook, run with the parameters `given` over its defaults."""
+def manifest(name, given, tier, seconds, memory, before, deviations=()):
+    """The record beside an executed notebook, run with the parameters `given`; `before` is `parts` at its start."""
     return {"notebook": name, "tier": tier, "parameters": given, "seconds": round(seconds, 1),
             "peak_memory_mib": memory, "machine": machine(), "device": given.get("device", "cpu"),
             "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(), "versions": {p: version(p) for p in VERSIONS},
-            "data": fingerprints(name, given), "deviations": list(deviations), "parts": parts(name, given)}
+            "data": fingerprints(name, given), "deviations": list(deviations), "parts": before}
 
 
 def current(name):
@@ -129,7 +134,7 @@ def seeds_table(name):
     table = pd.read_csv(file, dtype={"claim": str, "name": str})
     if "control" in table:
         table = table[table["control"] == "none"]
-    return table, changed(read(path("seeds", name, ".json")), name)
+    return table, changed(read(path("seeds", name, ".json")), name, but=SHOWN)
 
 
 def compare(measured, ids):
@@ -152,29 +157,45 @@ def compare(measured, ids):
     return pd.DataFrame(rows).style.hide(axis="index")
 
 
-def settled_sources(name, settled, tier="fast", deviations=()):
-    """{paper/claim: source for `claims.judge`} of what one notebook has settled in one tier."""
-    table, stale = seeds_table(name) if tier == "fast" else (None, "")
+def settled_sources(name, settled, tier="fast", deviations=(), stale="", record=True):
+    """{paper/claim: source for `claims.judge`} of what one notebook has settled in one tier.
+
+    `stale` says what has changed since it ran; without `record` the recorded sweep is left aside, as for a run with
+    other parameters.
+    """
+    table, old = seeds_table(name) if tier == "fast" and record else (None, "")
     found = {}
     for key, result in settled.items():
         paper, _, id = key.partition("/")
         rule = claims.claim(paper, id).get("rule", {})
         if rule.get("tier") == tier:
-            mine = table if table is not None and key in set(table["claim"]) else None
-            found[key] = {"notebook": name, "result": result, "table": mine, "stale": stale,
-                          "record": f"book/records/seeds/{name}.csv", "deviations": deviations}
+            recorded = table is not None and rule["by"] == "seeds" and key in set(table["claim"])
+            found[key] = {"notebook": name, "result": result, "table": table if recorded else None,
+                          "stale": stale or (old if recorded else ""), "record": f"book/records/seeds/{name}.csv",
+                          "deviations": deviations}
     return found
 
 
 def sources():
-    """What `claims.scoreboard` needs, from the newest executed notebooks, the committed outputs where none is."""
-    found = {}
+    """What `claims.scoreboard` needs, from the newest executed notebooks, the committed outputs where none is.
+
+    Committed outputs count only while what made them, told by ``book/records/pages.json``, is unchanged.
+    """
+    found, pages = {}, claims.project_root() / "book" / "records" / "pages.json"
+    committed = read(pages) if pages.exists() else {}
     for name in notebooks():
-        file = path("executed", name) if current(name) else path("source", name)
-        found |= settled_sources(name, claims.read_settled(file, "fast"))
+        if current(name):
+            new = settled_sources(name, claims.read_settled(path("executed", name), "fast"))
+        else:
+            stale = changed(committed[name], name) if name in committed else "never accepted"
+            new = settled_sources(name, claims.read_settled(path("source", name), "fast"), stale=stale)
         if path("full", name).exists():
             record = read(path("full", name, ".json"))
-            found |= settled_sources(name, claims.read_settled(path("full", name), "full"), "full", record["deviations"])
+            new |= settled_sources(name, claims.read_settled(path("full", name), "full"), "full", record["deviations"],
+                                   changed(record, name, but=SHOWN))
+        if twice := set(found) & set(new):
+            raise claims.ClaimError(f"claim {min(twice)} is settled by two pages")
+        found |= new
     return found
 
 
@@ -215,7 +236,8 @@ def show_verdicts():
         name = next((n for n in notebooks() if n.startswith(name) and
                      any(f'"{next(iter(settled)).partition("/")[2]}"' in "".join(c["source"])
                          for c in read(path("source", n))["cells"])), name)
-    claims.show([r for r in claims.scoreboard(settled_sources(name, settled)) if r["notebook"]])
+    here = settled_sources(name, settled, record="REPRO_GIVEN" not in os.environ)
+    claims.show([r for r in claims.scoreboard(here) if r["notebook"]])
 
 
 def full_parameters(name):

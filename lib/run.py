@@ -54,8 +54,9 @@ def execute(name, parameters, target, tier="fast", deviations=(), progress=True)
     aside = claims.project_root() / "_build" / "failed" / f"{name}-{os.getpid()}.ipynb"
     aside.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    start, before = time.perf_counter(), _largest_child()
-    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0"):
+    start, largest, before = time.perf_counter(), _largest_child(), records.parts(name, parameters)
+    given = {"REPRO_GIVEN": "1"} if parameters else {}
+    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0", **given):
         try:
             papermill.execute_notebook(str(records.path("source", name)), str(aside), parameters=parameters,
                                        cwd=str(records.path("source", name).parent), progress_bar=progress,
@@ -67,46 +68,48 @@ def execute(name, parameters, target, tier="fast", deviations=(), progress=True)
                            f"(cell {error.exec_count}; see {kept.relative_to(claims.project_root())})") from None
     memory = _largest_child()
     # a kernel smaller than an earlier one of this process leaves no trace
-    record = records.manifest(name, parameters, tier, time.perf_counter() - start, memory if memory > before else None,
-                              deviations)
+    record = records.manifest(name, parameters, tier, time.perf_counter() - start,
+                              memory if memory > largest else None, before, deviations)
     records.write(target, aside.read_text(encoding="utf-8"))
     records.write(target.with_suffix(".json"), record)
     aside.unlink()
     return record
 
 
-def last_time(name):
+def last_time(name, full=False):
     """How long a chapter last took and where, in words."""
     pages = claims.project_root() / "book" / "records" / "pages.json"
-    here = records.path("executed", name, ".json")
+    here = records.path("full" if full else "executed", name, ".json")
+    if full and not here.exists():
+        return "no full-size run yet: hours on a GPU"
     record = records.read(here) if here.exists() else records.read(pages).get(name) if pages.exists() else None
     if record is None:
         return "not timed yet"
     return f"last took {record['seconds']:.0f} s on {record['machine']} ({record['date'][:10]})"
 
 
-def report(name, notebook):
-    """Print what an executed notebook has settled."""
-    settled = claims.read_settled(notebook)
-    rows = [r for r in claims.scoreboard(records.settled_sources(name, settled)) if r["notebook"]]
+def report(name, notebook, tier, record):
+    """Print what an executed notebook has settled; `record`: with the recorded sweep of the page's own parameters."""
+    settled = records.settled_sources(name, claims.read_settled(notebook), tier, record=record)
+    rows = [r for r in claims.scoreboard(settled) if r["notebook"]]
     for row in rows:
         print(f"  {row['paper']}/{row['id']}: {row['verdict']}{' (' + row['reason'] + ')' if row['reason'] else ''}")
 
 
 def run_notebook(name, given, full):
-    """`repro run NOTEBOOK`: once, with other parameters or at full size."""
+    """`repro run NOTEBOOK`: once, with other parameters or at full size; only the unchanged full size is a record."""
     parameters, deviations = records.full_parameters(name) if full else ({}, [])
     parameters = check(records.read(records.path("source", name)), parameters | given)
-    if full:
-        target = records.path("full", name)
-    elif parameters:
-        target = claims.project_root() / "_build" / "runs" / f"{name}-{digest(parameters)[:8]}.ipynb"
+    tier = "full" if full else "fast"
+    if given:
+        target = claims.project_root() / "_build" / "runs" / f"{name}-{digest([tier, parameters])[:8]}.ipynb"
+        deviations = [*deviations, *(f"{key} = {value} (command line)" for key, value in given.items())]
     else:
-        target = records.path("executed", name)
-    print(f"{name}: {last_time(name)}", flush=True)
-    record = execute(name, parameters, target, "full" if full else "fast", deviations)
+        target = records.path("full" if full else "executed", name)
+    print(f"{name}: {last_time(name, full)}", flush=True)
+    record = execute(name, parameters, target, tier, deviations)
     print(f"{name}: {record['seconds']:.0f} s -> {target.relative_to(claims.project_root())}")
-    report(name, target)
+    report(name, target, tier, record=not given)
 
 
 # ---------------------------------------------------------------- sweeps
@@ -115,7 +118,7 @@ def _point(name, parameters, target):
     """One point of a sweep, in a worker process; a finished one is skipped."""
     target = Path(target)
     record = target.with_suffix(".json")
-    if target.exists() and record.exists() and not records.changed(records.read(record), name):
+    if target.exists() and record.exists() and not records.changed(records.read(record), name, but=records.SHOWN):
         return True
     execute(name, parameters, target, progress=False)
     return False
@@ -152,13 +155,16 @@ def sweep(name, given, axes):
                 failed.append(f"{futures[future]}: {future.exception()}")
     if failed:
         raise RunError(f"{len(failed)} of {len(grid)} points failed, finished ones are kept; first: {failed[0]}")
+    points = [records.read(t.with_suffix(".json")) for t in targets]
+    if mixed := {records.changed(point, name, but=records.SHOWN) for point in points} - {""}:
+        raise RunError(f"{', '.join(mixed)} changed during the sweep: repeat the command")
     table = pd.DataFrame([row for p, t in zip(grid, targets) for row in _rows(p, list(axes), t)])
-    seconds = sum(records.read(t.with_suffix(".json"))["seconds"] for t in targets)
-    summary = records.manifest(name, given, "fast", seconds, None)
-    summary |= {"sweep": {k: list(v) for k, v in axes.items()}, "points": len(grid)}
-    records.write(records.path("sweeps", name, ".csv"), table.to_csv(index=False, float_format="%.10g"))
-    records.write(records.path("sweeps", name, ".json"), summary)
-    print(f"{name}: {len(grid)} points -> {records.path('sweeps', name, '.csv').relative_to(claims.project_root())}")
+    summary = records.manifest(name, given, "fast", sum(p["seconds"] for p in points), None, records.parts(name, given))
+    summary |= {"sweep": {k: sorted({p[k] for p in grid}) for k in axes}, "points": len(grid)}
+    target = folder / f"{'-'.join(sorted(axes))}.csv"
+    records.write(target, table.to_csv(index=False, float_format="%.10g"))
+    records.write(target.with_suffix(".json"), summary)
+    print(f"{name}: {len(grid)} points -> {target.relative_to(claims.project_root())}")
 
 
 # ---------------------------------------------------------------- the book
@@ -225,20 +231,36 @@ def book():
         raise RunError(f"{len(lines)} verdicts differ from book/verdicts.json: look, then `repro accept`")
 
 
+def _accept_sweep(name):
+    """Take the newest sweep over seeds of the unchanged page into the records; return whether there was one.
+
+    It has to hold the seeds 0 to 4 (nobody picks seeds) and every axis of the record that it replaces.
+    """
+    there = records.path("seeds", name, ".json")
+    axes = set(records.read(there)["sweep"]) if there.exists() else {"seed"}
+    for summary in sorted(records.path("sweeps", name, "").glob("*seed.json"), key=lambda p: p.stat().st_mtime):
+        record = records.read(summary)
+        swept = record.get("sweep", {})
+        if axes <= set(swept) <= {"seed", "control"} and set(range(claims.MIN_SEEDS)) <= set(swept["seed"]) \
+                and not record["parameters"] and not records.changed(record, name, but=records.SHOWN):
+            before = records.path("seeds", name, ".csv").read_text() if there.exists() else ""
+            for suffix in (".csv", ".json"):
+                records.write(records.path("seeds", name, suffix), summary.with_suffix(suffix).read_text())
+            return before != summary.with_suffix(".csv").read_text()
+    return False
+
+
 def accept():
     """`repro accept`: commit-ready outputs, sweeps, times and verdicts from the newest runs, and the diff of verdicts."""
+    new = [name for name in records.notebooks() if _accept_sweep(name)]
     stale = [name for name in records.notebooks() if not records.current(name)]
     if stale:
-        raise RunError(f"not executed since the last change: {', '.join(stale)}; run `repro book` first")
+        taken = f"took the new sweeps of {', '.join(new)}; " if new else ""
+        raise RunError(f"{taken}not executed since the last change: {', '.join(stale)}; `repro book`, then accept again")
     times = {}
     for name in records.notebooks():
         records.write(records.path("source", name), json.dumps(with_outputs(name), indent=1, ensure_ascii=False) + "\n")
         times[name] = records.read(records.path("executed", name, ".json"))
-        summary = records.path("sweeps", name, ".json")
-        if summary.exists() and "seed" in (record := records.read(summary))["sweep"] and not record["parameters"] \
-                and set(record["sweep"]) <= {"seed", "control"} and not records.changed(record, name):
-            for suffix in (".csv", ".json"):
-                records.write(records.path("seeds", name, suffix), records.path("sweeps", name, suffix).read_text())
     records.write(claims.project_root() / "book" / "records" / "pages.json", times)
     rows = claims.scoreboard(records.sources())
     print(*records.flips(rows) or ["no verdict changed"], sep="\n")
@@ -280,8 +302,10 @@ def smoke():
 
 
 def _name_of(text):
-    """``<paper>/<topic>`` of a notebook given by path or by name."""
-    name = str(Path(text).with_suffix("")).removeprefix("./").split("notebooks/")[-1]
+    """``<paper>/<topic>`` of a notebook given by its path in this project or by its name."""
+    path = Path(text).resolve()
+    inside = path.suffix == ".ipynb" and path.is_relative_to(claims.project_root() / "notebooks")
+    name = str(path.relative_to(claims.project_root() / "notebooks").with_suffix("")) if inside else text
     if name not in records.notebooks():
         raise RunError(f"notebook must be one of {', '.join(records.notebooks())}, got {text!r}")
     return name
@@ -309,6 +333,11 @@ def _run(options):
     axes = {name: values for name, *values in options.sweep}
     if empty := [name for name, values in axes.items() if not values]:
         raise RunError(f"--sweep {empty[0]} needs at least one value")
+    once = [name for name, _ in options.p] + [name for name, *_ in options.sweep]
+    if twice := [name for name in once if once.count(name) > 1]:
+        raise RunError(f"parameter {twice[0]} is given twice")
+    if twice := [f"{name} {v}" for name, values in axes.items() for v in values if values.count(v) > 1]:
+        raise RunError(f"--sweep has the value {twice[0]} twice")
     if options.full and axes:
         raise RunError("--full and --sweep cannot be combined yet: sweep a fast page, or run one full page")
     for name in [_name_of(n) for n in options.notebooks]:

@@ -19,7 +19,7 @@ def entry(by="exact", atoms=None, printed=None, **rule):
 
 
 def decide(claim, **arrays):
-    return claims.verdict(claim["rule"], claims.measure_claim(claim, arrays))[0]
+    return claims.verdict(claim, claims.measure_claim(claim, arrays))[0]
 
 
 # ---------------------------------------------------------------- a rule of each kind
@@ -64,7 +64,7 @@ def test_blocks_count_blocks_not_images():
 
 def test_one_seed_is_undecided():
     claim = entry("seeds", n=5)
-    slug, reason, _ = claims.verdict(claim["rule"], claims.measure_claim(claim, {"a": 1., "b": 1.}))
+    slug, reason, _ = claims.verdict(claim, claims.measure_claim(claim, {"a": 1., "b": 1.}))
     assert (slug, reason) == ("undecided", "one seed")
 
 
@@ -74,13 +74,13 @@ def test_seeds_from_a_record(mean, slug):
     a = mean + np.array([-.02, .01, 0, .02, -.01])
     table = pd.DataFrame([{"seed": s, "claim": "x/made.up", "name": n, "value": v}
                           for s in range(5) for n, v in (("a", a[s]), ("b", 0))])
-    assert claims.verdict(claim["rule"], claims.measure_record(claim, table))[0] == slug
+    assert claims.verdict(claim, claims.measure_record("x", claim, table))[0] == slug
 
 
 def test_four_seeds_are_too_few():
     claim = entry("seeds", n=3)       # a rule cannot ask for fewer than five
     table = pd.DataFrame([{"seed": s, "claim": "x/made.up", "name": n, "value": 0.} for s in range(4) for n in "ab"])
-    assert claims.verdict(claim["rule"], claims.measure_record(claim, table))[0] == "undecided"
+    assert claims.verdict(claim, claims.measure_record("x", claim, table))[0] == "undecided"
 
 
 def test_printed_form_failing_holds_as_corrected():
@@ -156,7 +156,7 @@ def test_a_changed_rule_makes_its_verdict_stale():
     claim = entry()
     result = claims.measure_claim(claim, {"a": 1, "b": 1})
     claim["rule"]["atoms"][0]["in"] = [-9, 9]
-    assert claims.verdict(claim["rule"], result)[:2] == ("not-run", "rule changed since the run")
+    assert claims.verdict(claim, result)[:2] == ("not-run", "rule changed since the run")
 
 
 # ---------------------------------------------------------------- intervals

@@ -19,7 +19,7 @@ def rules_at(commit, paper):
     """{claim: digest of its rule} of a paper's ledger as of a commit."""
     text = git("show", f"{commit}:book/claims/{paper}.yaml")
     entries = yaml.load(text, Loader=yaml.CSafeLoader)["claims"] if text else []
-    return {e["id"]: claims.rule_digest(e["rule"]) for e in entries if "rule" in e}
+    return {e["id"]: claims.rule_digest(e) for e in entries if "rule" in e}
 
 
 def verdicts_at(commit):

@@ -31,7 +31,7 @@ def test_no_trend_holds_under_a_control(name, control):
     rows = table[table["control"] == control]
     assert rows["seed"].nunique() >= claims.MIN_SEEDS
     for entry in entries:
-        slug, reason, _ = claims.verdict(entry["rule"], claims.measure_record(entry, rows))
+        slug, reason, _ = claims.verdict(entry, claims.measure_record(name.split("/")[0], entry, rows))
         allowed = control in entry["rule"].get("may_hold_under", ())
         assert allowed or not slug.startswith("holds"), f"{entry['id']} holds with the control {control}"
 
