@@ -121,10 +121,11 @@ def allowed(atom, entry, arrays):
 settled = []        # what this kernel has settled so far, for `lib.records.show_verdicts`
 
 
-def _measure_atoms(atoms, rule, entry, arrays):
+def _measure_part(part, rule, entry, arrays):
+    """The atoms of one part of a rule measured; a condition (`when`) is exact unless it says otherwise."""
     rows = []
-    for atom in atoms:
-        by = atom.get("by", rule["by"])
+    for atom in rule.get(part, []):
+        by = atom.get("by", "exact" if part == "when" else rule["by"])
         estimate, low, high, n = measure(atom["q"], arrays, by)
         bounds = allowed(atom, entry, arrays)
         rows.append({"q": str(atom["q"]), "says": atom.get("says", ""), "by": by, "n": n, "estimate": estimate,
@@ -143,7 +144,7 @@ def measure_claim(entry, arrays):
         raise ClaimError(f"claim {entry['id']}: names {sorted(unknown)} are not in its rule")
     if missing := needed - set(arrays):
         raise ClaimError(f"claim {entry['id']}: its rule needs the names {sorted(missing)}")
-    result = {part: _measure_atoms(rule.get(part, []), rule, entry, arrays) for part in ("when", "atoms", "printed")}
+    result = {part: _measure_part(part, rule, entry, arrays) for part in ("when", "atoms", "printed")}
     if rule["by"] == "seeds":
         result["values"] = {name: float(np.asarray(arrays[name])) for name in sorted(needed)}
     return result | {"rule": rule_digest(entry)}
@@ -281,8 +282,8 @@ def measure_record(paper, entry, table):
     if missing := rule_names(entry["rule"]) - set(wide.columns):
         raise ClaimError(f"claim {entry['id']}: the recorded sweep lacks the names {sorted(missing)}")
     rule, arrays = entry["rule"], {name: wide[name].to_numpy() for name in wide.columns}
-    return {part: _measure_atoms(rule.get(part, []), rule, entry, arrays)
-            for part in ("when", "atoms", "printed")} | {"rule": rule_digest(entry)}
+    return {part: _measure_part(part, rule, entry, arrays) for part in ("when", "atoms", "printed")} \
+        | {"rule": rule_digest(entry)}
 
 
 def read_settled(notebook, tier=None):

@@ -68,7 +68,7 @@ def parts(name, given):
              if "rule" in e and f'"{"" if paper == name.split("/")[0] else paper + "/"}{e["id"]}"' in source}
     return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), given]),
             "rules": digest(rules), **module_digests(modules_of(source)), "figures": digest(code["figure"]),
-            "measuring": syntax(Path(measure.__file__).read_text(encoding="utf-8")),
+            "measuring": digest([syntax(Path(m.__file__).read_text(encoding="utf-8")) for m in (claims, measure)]),
             "recorded sweep": digest(path("seeds", name, ".csv").read_text()) if path("seeds", name, ".csv").exists() else ""}
 
 
