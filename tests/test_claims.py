@@ -115,6 +115,74 @@ def test_a_conjunction_needs_every_atom():
     assert decide(entry(atoms=atoms), a=.5, b=2) == "fails"
 
 
+def test_nan_decides_nothing_and_confirms_no_erratum():
+    nan = [{"q": "p", "in": [-1, 1]}]
+    assert decide(entry(printed=nan), a=1, b=1, p=np.nan) == "undecided"
+    assert decide(entry(printed=nan), a=1, b=1, p=np.array([5, np.nan])) == "undecided"
+    assert decide(entry(atoms=[{"q": "a != b", "in": [1, 1]}]), a=np.nan, b=1) == "fails"
+    assert decide(entry("mc"), a=np.array([0, 0, np.nan]), b=0) == "undecided"
+
+
+def test_shares_in_disguise_use_clopper_pearson_too():
+    # all of 20 draws are ones: the exact 99 % interval of the share is 0.767 to 1, whatever is done to it
+    for q, bounds in (("a", (.7672, 1)), ("a - 1 + c", (-.1328, .1)), ("mean(a)", (.7672, 1)), ("2 * a", (1.5345, 2))):
+        for draws in (np.ones(20), np.ones(20, bool)):
+            _, low, high, n = claims.measure(q, {"a": draws, "c": .1}, "mc")
+            assert (low, high, n) == (pytest.approx(bounds[0], abs=1e-4), pytest.approx(bounds[1]), 20)
+
+
+def test_one_number_is_no_sample():
+    assert decide(entry("mc"), a=0., b=0.) == "undecided"
+
+
+def test_bootstrap_resamples_arrays_of_each_length():
+    hits = 0
+    for k in range(40):
+        rng = np.random.default_rng(k)
+        a, b = rng.normal(0, 1, 500), rng.normal(0, 1, 20)
+        _, low, high, _ = claims.measure("mean(a) - mean(b)", {"a": a, "b": b}, "mc")
+        hits += low <= 0 <= high
+    assert hits >= 36
+
+
+def test_a_number_is_settled_by_the_papers_settings_only():
+    claim = entry(atoms=[{"q": "a", "like": "value", "tol": {"abs": 1}}], data=["mnist"]) | {"kind": "number"}
+    claim["rule"]["tier"] = "full"
+    source = {"notebook": "x/y", "result": claims.measure_claim(claim, {"a": 5}), "record": "r"}
+    assert claims.judge("x", claim, source)["verdict"] == "holds"
+    row = claims.judge("x", claim, source | {"deviations": ["half the epochs"]})
+    assert (row["verdict"], row["evidence"]) == ("undecided", "reduced")
+
+
+def test_a_claim_settled_twice_is_refused():
+    result = claims.measure_claim(entry(), {"a": 1, "b": 1})
+    cell = {"outputs": [{"data": {claims.MIME: {"tier": "fast", "claims": {"x/made.up": result}}}}]}
+    with pytest.raises(ClaimError, match="settled twice"):
+        claims.read_settled({"cells": [cell, json.loads(json.dumps(cell))]})
+
+
+def test_a_stored_outcome_is_not_trusted():
+    result = claims.measure_claim(entry(), {"a": 11, "b": 0})
+    result["atoms"][0]["outcome"] = "holds"
+    cell = {"outputs": [{"data": {claims.MIME: {"tier": "fast", "claims": {"x/made.up": result}}}}]}
+    assert claims.read_settled({"cells": [cell]})["x/made.up"]["atoms"][0]["outcome"] == "fails"
+
+
+def test_a_seed_recorded_twice_is_refused():
+    table = pd.DataFrame([{"seed": s, "claim": "x/made.up", "name": n, "value": 0.} for s in (0, 0, 1) for n in "ab"])
+    with pytest.raises(ClaimError, match="a seed twice"):
+        claims.measure_record("x", entry("seeds", n=5), table)
+
+
+def test_empty_arrays_and_more_axes_are_refused():
+    with pytest.raises(ClaimError, match="must not be empty"):
+        claims.measure("a", {"a": np.array([])}, "exact")
+    with pytest.raises(ClaimError, match="more than one axis"):
+        claims.measure("a", {"a": np.ones((3, 3))}, "images")
+    with pytest.raises(ClaimError, match="no interval"):
+        claims.measure("max(a)", {"a": np.arange(9.)}, "mc")
+
+
 # ---------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("arrays, word", [({"a": 1}, "needs the names"), ({"a": 1, "b": 1, "c": 1}, "not in its rule")])
@@ -144,7 +212,7 @@ def test_expressions_refuse_all_but_arithmetic(q):
 
 @pytest.mark.parametrize("change, word", [
     ({"by": "hope"}, "by must be"), ({"tier": "slow"}, "tier"), ({"atoms": []}, "no atoms"), ({"extra": 1}, "unknown keys"),
-    ({"atoms": [{"q": "a"}]}, "either in or like"), ({"printed": [{"q": "a", "in": [0, 1], "erratum": 3}]}, "erratum")])
+    ({"atoms": [{"q": "a"}]}, "either in or like"), ({"atoms": [{"q": "a", "like": 1}]}, "tol"), ({"printed": [{"q": "a", "in": [0, 1], "erratum": 3}]}, "erratum")])
 def test_malformed_rules_are_refused(change, word):
     claim = entry()
     claim["rule"] |= change
@@ -155,8 +223,9 @@ def test_malformed_rules_are_refused(change, word):
 def test_a_changed_rule_makes_its_verdict_stale():
     claim = entry()
     result = claims.measure_claim(claim, {"a": 1, "b": 1})
-    claim["rule"]["atoms"][0]["in"] = [-9, 9]
-    assert claims.verdict(claim, result)[:2] == ("not-run", "rule changed since the run")
+    for change in (lambda: claim.update(value=6), lambda: claim["rule"]["atoms"][0].update({"in": [-9, 9]})):
+        change()
+        assert claims.verdict(claim, result)[:2] == ("not-run", "rule changed since the run")
 
 
 # ---------------------------------------------------------------- intervals

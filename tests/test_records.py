@@ -21,7 +21,7 @@ def test_there_are_records():
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_recorded_sweep_is_current(name):
-    assert records.changed(records.read(records.path("seeds", name, ".json")), name) == ""
+    assert records.changed(records.read(records.path("seeds", name, ".json")), name, but=records.SHOWN) == ""
 
 
 @pytest.mark.parametrize("name", SWEEPS)

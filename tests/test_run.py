@@ -117,6 +117,7 @@ def test_a_comment_keeps_a_run_current_and_an_edit_does_not(project):
     put(project, "# a remark\n" + SETTLES)
     assert records.current("paper/page")
     put(project, SETTLES + "\nx = 1")
+    assert not records.current("paper/page")
     assert records.changed(records.read(records.path("executed", "paper/page", ".json")), "paper/page") == "code cells"
 
 
@@ -131,6 +132,9 @@ def test_sweep_skips_finished_points_and_its_record_decides(project, monkeypatch
     run.sweep("paper/page", {}, {"seed": ["0", "1", "2", "3", "4"]})
     assert [p.stat().st_mtime_ns for p in points][1:] == times[1:] and points[0].exists()
     run.run_notebook("paper/page", {}, full=False)
+    with pytest.raises(run.RunError, match="took the new sweeps of paper/page"):     # the page does not show it yet
+        run.accept()
+    run.run_notebook("paper/page", {}, full=False)
     run.accept()
     rows = {r["id"]: r for r in claims.scoreboard(records.sources())}
     assert rows["gain"]["verdict"] == "holds" and rows["gain"]["n"] == 5
@@ -141,6 +145,51 @@ def test_sweep_skips_finished_points_and_its_record_decides(project, monkeypatch
     records.write(records.path("source", "paper/page"), edited)
     rows = {r["id"]: r for r in claims.scoreboard(records.sources())}
     assert rows["gain"]["verdict"] == "not-run" and "code cells" in rows["gain"]["reason"]
+
+
+def summary(project, axes, seeds, **changes):
+    """A sweep's table and manifest as if it had run."""
+    folder = project / "_build" / "sweeps" / "paper" / "page"
+    rows = [f"{s},paper/gain,gain,{s}" for s in seeds]
+    records.write(folder / f"{'-'.join(axes)}.csv", "seed,claim,name,value\n" + "\n".join(rows) + "\n")
+    sweep = {"seed": seeds, **{a: ["none"] for a in axes if a != "seed"}}
+    records.write(folder / f"{'-'.join(axes)}.json", {"sweep": sweep, "parameters": {}, "parts": records.parts("paper/page", {})} | changes)
+
+
+@pytest.mark.parametrize("axes, seeds, changes, taken", [
+    (["seed"], [0, 1, 2, 3, 4], {}, True), (["seed"], [7], {}, False), (["seed"], [11, 12, 13, 14, 15], {}, False),
+    (["control", "seed"], [0, 1, 2, 3, 4], {}, True), (["epsilon", "seed"], [0, 1, 2, 3, 4], {}, False),
+    (["seed"], [0, 1, 2, 3, 4], {"parameters": {"epsilon": 2}}, False), (["seed"], [0, 1, 2, 3, 4], {"parts": {}}, False)])
+def test_only_the_whole_sweep_of_the_unchanged_page_becomes_a_record(project, axes, seeds, changes, taken):
+    summary(project, axes, seeds, **changes)
+    assert run._accept_sweep("paper/page") == taken == records.path("seeds", "paper/page", ".csv").exists()
+
+
+def test_a_record_with_a_control_is_not_replaced_by_one_without(project):
+    summary(project, ["control", "seed"], [0, 1, 2, 3, 4])
+    assert run._accept_sweep("paper/page")
+    summary(project, ["seed"], [0, 1, 2, 3, 4, 5])
+    (project / "_build" / "sweeps" / "paper" / "page" / "control-seed.json").unlink()
+    assert not run._accept_sweep("paper/page")
+
+
+def test_outputs_of_an_edited_notebook_are_no_evidence(project):
+    run.run_notebook("paper/page", {}, full=False)
+    run.accept()
+    shutil.rmtree(project / "_build")
+    assert next(r for r in claims.scoreboard(records.sources()) if r["id"] == "exact")["verdict"] == "holds"
+    edited = records.read(records.path("source", "paper/page"))
+    edited["cells"][-1]["source"] += "\nx = 1"
+    records.write(records.path("source", "paper/page"), edited)
+    row = next(r for r in claims.scoreboard(records.sources()) if r["id"] == "exact")
+    assert (row["verdict"], row["reason"]) == ("not-run", "stale: code cells")
+
+
+def test_a_run_with_other_parameters_is_not_judged_by_the_record(project, capsys):
+    summary(project, ["seed"], [0, 1, 2, 3, 4])
+    assert run._accept_sweep("paper/page")
+    run.run_notebook("paper/page", {"epsilon": "0.5"}, full=False)
+    assert "paper/gain: undecided (one seed)" in capsys.readouterr().out
 
 
 def test_a_failing_point_is_told_and_the_others_are_kept(project):
@@ -171,6 +220,11 @@ def test_committed_notebook_carries_outputs_and_no_papermill(project):
     (["run", "paper/page", "-p", "device", "tpu"], "device must be one of cpu | cuda | cuda:N, got 'tpu'"),
     (["run", "paper/page", "--sweep", "lam", "0.5", "2"], "lam must be in [0, 1], got 2"),
     (["run", "paper/page", "--sweep", "lam"], "--sweep lam needs at least one value"),
+    (["run", "paper/page", "--sweep", "seed", "0", "0", "1"], "--sweep has the value seed 0 twice"),
+    (["run", "paper/page", "-p", "seed", "1", "--sweep", "seed", "0", "1"], "parameter seed is given twice"),
+    (["run", "paper/page", "-p", "names", "[a"], "names must be list, got '[a'"),
+    (["run", "paper/page", "-p", "names", "[]"], "names must hold at least one value"),
+    (["run", "/elsewhere/notebooks/paper/page.ipynb"], "notebook must be one of paper/page"),
     (["run", "paper/page", "--full"], "page.full.yaml, which does not exist")])
 def test_mistakes_end_in_one_line(project, capsys, words, told):
     assert run.main(words) == 1
