@@ -29,14 +29,14 @@ class RunError(RuntimeError):
 
 @contextmanager
 def _environment(**variables):
-    """What the kernel has to know: its chapter and its tier."""
-    before = {k: os.environ.get(k) for k in variables}
+    """What the kernel has to know: its chapter and its tier; dask, too, leaves variables behind that end here."""
+    before = dict(os.environ)
     os.environ.update(variables)
     try:
         yield
     finally:
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _largest_child():

@@ -214,12 +214,15 @@ def test_signal_ends_the_step_saves_and_is_delivered(uninterrupted, tmp_path, nu
         return whole(model, x, y)
 
     reweight.__module__, reweight.__qualname__ = whole.__module__, whole.__qualname__
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # a shell may have started the tests in the background, where SIGINT is ignored
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)),
+              signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
     try:
         with pytest.raises(raised):
             train(build(), reweight, data(), checkpoint=path, **RUN)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert step_of(path) == len(calls) == 3
     assert same(train(fresh(path), losses.reweight, data(), checkpoint=path, **RUN), uninterrupted)
 
