@@ -190,6 +190,12 @@ def pick(pool, ids, data, paper=None):
             if set(rule.get("data", ())) <= set(data)}
 
 
+def show_measured(stored):
+    """Display measured claims as `settle` does, without storing anything."""
+    from IPython.display import display
+    display({"text/html": _table(stored), "text/plain": "\n".join(_plain(stored))}, raw=True)
+
+
 def finite(tree):
     """JSON has no infinities: write them as strings; `float` reads them back."""
     if isinstance(tree, dict):

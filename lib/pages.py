@@ -38,8 +38,8 @@ def badge(slug):
 
 
 def anchor(*parts):
-    """A stable HTML id, such as ``erratum-pope2020-thm3-1-optimal_l2_attack-2``."""
-    return re.sub(r"[^a-z0-9_-]+", "-", "-".join(map(str, parts)).lower())
+    """A stable HTML id, such as ``erratum-pope2020-thm3-1-optimal-l2-attack-2``."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower())
 
 
 def headings(notebook):
@@ -129,13 +129,16 @@ def scoreboard_csv(rows):
 # ---------------------------------------------------------------- what failed
 
 def _measured(row, sources):
-    """What decided a verdict, and what would have been allowed where this run holds the same interval."""
+    """What decided a verdict, and what would have been allowed."""
     if not row["interval"] or not all(map(math.isfinite, row["interval"])):
         return ""
-    result = sources.get(f"{row['paper']}/{row['id']}", {}).get("result", {"when": [], "atoms": []})
-    bounds = next((a["allowed"] for a in [*result["when"], *result["atoms"]]
+    source = sources.get(f"{row['paper']}/{row['id']}", {})
+    result = source.get("result", {"when": [], "atoms": [], "printed": []})
+    if source.get("table") is not None:
+        result = claims.measure_record(row["paper"], claims.claim(row["paper"], row["id"]), source["table"])
+    bounds = next((a["allowed"] for a in [*result["when"], *result["atoms"], *result["printed"]]
                    if [a["low"], a["high"]] == list(row["interval"])), None)
-    return f"Measured: {reading(*row['interval'], bounds)}."
+    return f"Measured: {reading(*row['interval'], bounds)} (n = {row['n']})."
 
 
 def _entries(rows, sources):
@@ -222,7 +225,7 @@ def times_table(runs, full=False):
     head = ["page", "seconds", "machine", "date"] + ["tier", "peak memory", "commit"] * full
     return table(head, [
         [f"[](../notebooks/{name}.ipynb)", f"{m['seconds']:.0f}", md(m["machine"]), f"<time>{m['date'][:10]}</time>"]
-        + [m["tier"], f"{m['peak_memory_mib']} MiB", f"`{m['commit'] or 'none'}`"] * full
+        + [m["tier"], f"{m['peak_memory_mib']} MiB" if m["peak_memory_mib"] else "–", f"`{m['commit'] or 'none'}`"] * full
         for (name, _), m in runs.items()])
 
 

@@ -228,6 +228,25 @@ def write_verdicts(rows):
     write(claims.project_root() / "book" / "verdicts.json", "{\n" + ",\n".join(blocks) + "\n}\n")
 
 
+def glued(notebook):
+    """{name: text} of the numbers that a page hands to its prose, from its executed notebook."""
+    outputs = [o for c in read(notebook)["cells"] for o in c.get("outputs", [])]
+    found = {o.get("metadata", {}).get("scrapbook", {}).get("name"): o["data"] for o in outputs if "data" in o}
+    return {name: data["application/papermill.record/text/plain"] for name, data in found.items()
+            if name and "application/papermill.record/text/plain" in data}
+
+
+def show_record():
+    """The rules of the claims that are judged by the page's recorded sweep, with its intervals over training runs."""
+    name = claims.notebook_name()
+    paper, table = name.split("/")[0], None
+    if path("seeds", name, ".csv").exists():
+        table, _ = seeds_table(name)
+    if table is not None:
+        claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
+                              for key in dict.fromkeys(table["claim"])})
+
+
 def show_verdicts():
     """The verdicts of all that this kernel has settled, for the end of a page."""
     name = claims.notebook_name()

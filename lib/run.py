@@ -5,12 +5,14 @@ Everything that a command shows or writes comes out of executed notebooks; see `
 import argparse
 import itertools
 import json
+import logging
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +62,11 @@ def execute(name, parameters, target, tier="fast", deviations=(), progress=True)
         try:
             papermill.execute_notebook(str(records.path("source", name)), str(aside), parameters=parameters,
                                        cwd=str(records.path("source", name).parent), progress_bar=progress,
-                                       kernel_name="python3", language="python", autosave_cell_every=30)
+                                       kernel_name="python3", language="python", autosave_cell_every=30,
+                                       extra_arguments=["--log-level=40"])     # not its warning about plain TCP
+        except KeyboardInterrupt:
+            aside.unlink(missing_ok=True)
+            raise
         except PapermillExecutionError as error:
             kept = aside.with_name(f"{Path(name).name}.ipynb")
             aside.replace(kept)
@@ -94,6 +100,8 @@ def report(name, notebook, tier, record):
     rows = [r for r in claims.scoreboard(settled) if r["notebook"]]
     for row in rows:
         print(f"  {row['paper']}/{row['id']}: {row['verdict']}{' (' + row['reason'] + ')' if row['reason'] else ''}")
+    if glued := records.glued(notebook):
+        print("numbers of the page: " + ", ".join(f"{key} = {value}" for key, value in glued.items()))
 
 
 def run_notebook(name, given, full):
@@ -139,6 +147,7 @@ def sweep(name, given, axes):
     import pandas as pd
     from distributed import Client, LocalCluster, as_completed
     from tqdm import tqdm
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     source = records.read(records.path("source", name))
     grid = [check(source, given | dict(zip(axes, values))) for values in itertools.product(*axes.values())]
     folder = records.path("sweeps", name, "")
@@ -228,7 +237,7 @@ def book():
     print(f"open {root / '_build' / 'html' / 'index.html'}")
     if lines := records.flips(rows):
         print(*lines[:50], sep="\n")
-        raise RunError(f"{len(lines)} verdicts differ from book/verdicts.json: look, then `repro accept`")
+        raise RunError(f"verdicts that differ from book/verdicts.json: {len(lines)}; look, then `repro accept`")
 
 
 def _accept_sweep(name):
@@ -265,19 +274,22 @@ def accept():
     rows = claims.scoreboard(records.sources())
     print(*records.flips(rows) or ["no verdict changed"], sep="\n")
     records.write_verdicts(rows)
+    print("wrote the outputs of the pages, book/records/pages.json and book/verdicts.json: see git diff")
 
 
 def scoreboard(as_json):
-    """`repro scoreboard`: counts in words, or all 836 rows as one JSON object."""
+    """`repro scoreboard`: counts in words, or every row as one JSON object."""
     rows = claims.scoreboard(records.sources())
     if as_json:
         print(json.dumps(claims.finite({"claims": rows, "counts": claims.counts(rows)}), ensure_ascii=False))
         return
-    counted = claims.counts(rows)
-    print(f"{'':12}" + "".join(f"{slug:>22}" for slug in claims.VERDICTS))
-    for key, count in {"all": counted["all"], **counted["papers"], **counted["evidence"]}.items():
-        print(f"{key:14}" + "".join(f"{count[slug]:>20}" for slug in claims.VERDICTS))
-    print(f"{counted['statistical']} statistical verdicts; chance alone lets expect {counted['expected_false']} false ones")
+    counted, why = claims.counts(rows), Counter(r["reason"] for r in rows if r["verdict"] == "not-run")
+    lots = {"all": {"all": counted["all"]}, "papers": counted["papers"], "evidence": counted["evidence"]}
+    print(f"{'':14}" + "".join(f"{slug:>22}" for slug in claims.VERDICTS))
+    for lot in lots.values():
+        print(*(f"{key:14}" + "".join(f"{count[slug]:>22}" for slug in claims.VERDICTS) for key, count in lot.items()), "", sep="\n")
+    print(*(f"not-run, {reason}: {count}" for reason, count in why.most_common()), sep="\n")
+    print(f"{counted['statistical']} verdicts are statistical; expect at most {counted['expected_false']} of them to be false by chance")
 
 
 def data_sets():
@@ -286,6 +298,8 @@ def data_sets():
 
     from lib import data
     print(pd.DataFrame(data.catalogue()).to_string(index=False))
+    print("images: (train, validation, test); size: (channels, height, width)\n"
+          "folder:PATH: images of your own, PATH/train/<class>/ and PATH/test/<class>/, all of one size and mode")
 
 
 def smoke():
@@ -321,7 +335,7 @@ def _parser():
     run.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter")
     run.add_argument("--full", action="store_true", help="the paper's data and settings (a GPU, hours)")
     commands.add_parser("accept", help="take outputs, sweeps, times and verdicts of the newest runs into the tree")
-    board = commands.add_parser("scoreboard", help="the verdict of each of the 836 claims")
+    board = commands.add_parser("scoreboard", help="the verdict of each claim")
     board.add_argument("--json", action="store_true", help="one JSON object: claims and counts")
     commands.add_parser("data", help="the data sets and where they lie")
     commands.add_parser("smoke", help="write the trained chapters with tiny parameters to _build/smoke")

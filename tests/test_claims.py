@@ -270,8 +270,8 @@ def all_entries():
 
 def test_the_ledger_is_complete_and_uniform():
     entries = all_entries()
-    assert len(entries) == 836
-    assert len({(p, e["id"]) for p, e in entries}) == 836
+    assert len(entries) >= 836      # the five works; whoever adds a claim adds to them
+    assert len({(p, e["id"]) for p, e in entries}) == len(entries)
     for paper, e in entries:
         assert e["kind"] in ("theorem", "number", "trend", "figure") and e["says"] and e["where"], e["id"]
         assert all({"printed", "corrected", "evidence"} <= set(x) for x in e.get("erratum", [])), e["id"]
