@@ -27,8 +27,6 @@ RULE_KEYS = {"tier", "data", "by", "n", "when", "atoms", "printed", "may_hold_un
 ATOM_KEYS = {"q", "in", "like", "tol", "by", "says", "erratum"}
 
 
-# ---------------------------------------------------------------- the ledger
-
 def project_root():
     """The folder that holds ``book/claims``, looked for upwards from the working folder, then beside `lib`."""
     for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
@@ -68,8 +66,6 @@ def rule_digest(entry):
     judged = {key: entry.get(key) for key in ("rule", "value")}
     return hashlib.sha256(json.dumps(judged, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-
-# ---------------------------------------------------------------- rules
 
 def _atoms(rule):
     return [*rule.get("when", []), *rule["atoms"], *rule.get("printed", [])]
@@ -115,8 +111,6 @@ def allowed(atom, entry, arrays):
     margin = tol["abs"] if "abs" in tol else abs(target) * tol["rel"]
     return [target - margin, target + margin]
 
-
-# ---------------------------------------------------------------- settling
 
 settled = []        # what this kernel has settled so far, for `lib.records.show_verdicts`
 
@@ -239,8 +233,6 @@ def _table(stored):
     head = "".join(f"<th>{h}</th>" for h in ("claim", "what is tested", "measured", "interval", "allowed", "n", ""))
     return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
-
-# ---------------------------------------------------------------- verdicts
 
 def verdict(entry, result):
     """(slug, reason, decisive row) from the measured atoms of one claim."""

@@ -20,8 +20,6 @@ KINDS = ("theorem", "trend", "number", "figure")
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "papermill", "jupyter-book", "sphinx")
 
 
-# ---------------------------------------------------------------- pieces
-
 def md(text):
     """Plain text of the ledger as Markdown: every sign that could start markup is escaped."""
     return re.sub(r"([\\`*_{}\[\]()<>#$|~^&!:+@=-])", r"\\\1", " ".join(str(text).split()))
@@ -81,8 +79,6 @@ def reading(low, high, bounds=None):
     return claims.span(low, high) + (f", allowed {claims.span(*bounds)}" if bounds else "")
 
 
-# ---------------------------------------------------------------- scoreboard
-
 def count_tables(counts):
     """Verdicts per paper and per evidence level, and what chance lets expect."""
     by_paper = {f"[{paper}](./{paper}.md)": counts["papers"][paper] for paper in papers()}
@@ -126,8 +122,6 @@ def scoreboard_csv(rows):
     return frame.drop(columns="interval").astype({"n": "Int64"}).to_csv(index=False)
 
 
-# ---------------------------------------------------------------- what failed
-
 def _measured(row, sources):
     """What decided a verdict, and what would have been allowed."""
     if not row["interval"] or not all(map(math.isfinite, row["interval"])):
@@ -169,8 +163,6 @@ def failed_page(rows, sources):
     return "\n".join([*text, f"{untold} further claims have no chapter yet; the scoreboard lists them.\n"])
 
 
-# ---------------------------------------------------------------- errata
-
 def _told(atom):
     what = (atom["says"] or atom["q"]).removeprefix("as printed: ")
     return f"{md(what)}: {md(reading(atom['low'], atom['high'], atom['allowed']))}, **{atom['outcome']}**"
@@ -210,8 +202,6 @@ def errata_page(rows, sources):
                  for number, (row, entry, k) in enumerate(listed, 1)]
     return "\n".join(text)
 
-
-# ---------------------------------------------------------------- runs, parameters, papers
 
 def manifests():
     """{(chapter, kind): manifest} of the executed chapters and of the full-size records."""

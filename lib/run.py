@@ -27,8 +27,6 @@ class RunError(RuntimeError):
     """A run that failed, told in one line."""
 
 
-# ---------------------------------------------------------------- one notebook
-
 @contextmanager
 def _environment(**variables):
     """What the kernel has to know: its chapter and its tier; dask, too, leaves variables behind that end here."""
@@ -120,8 +118,6 @@ def run_notebook(name, given, full):
     report(name, target, tier, record=not given)
 
 
-# ---------------------------------------------------------------- sweeps
-
 def _point(name, parameters, target):
     """One point of a sweep, in a worker process; a finished one is skipped."""
     target = Path(target)
@@ -175,8 +171,6 @@ def sweep(name, given, axes):
     records.write(target.with_suffix(".json"), summary)
     print(f"{name}: {len(grid)} points -> {target.relative_to(claims.project_root())}")
 
-
-# ---------------------------------------------------------------- the book
 
 def execute_all():
     """Execute every chapter whose executed copy is missing or out of date; all failures are told together."""

@@ -52,8 +52,6 @@ def _log1mexp(log_w):
     return np.log1p(-np.exp(log_w))
 
 
-# ---------------------------------------------------------------- choosing the weights and the dimension
-
 def _check(epsilon, delta, Delta):
     if not 0 < epsilon < np.inf:
         raise ValueError(f"epsilon must be > 0 and finite (nats), got {epsilon}")
@@ -172,8 +170,6 @@ def smallest_dimension_exact(epsilon, delta, Delta, limit=10**7):
     return _first(works, limit)
 
 
-# ---------------------------------------------------------------- densities and posteriors
-
 def log_unit_ball_volume(dimension):
     """log C_d = (d/2) log pi - log Gamma(d/2 + 1), C_d the volume of the unit d-ball."""
     return dimension / 2 * np.log(np.pi) - gammaln(dimension / 2 + 1)
@@ -245,8 +241,6 @@ def log_core_posteriors(c):
     return -np.logaddexp(0., c.log_lam2 - c.log_lam1), -np.logaddexp(0., c.log_lam2 - c.log_r)
 
 
-# ---------------------------------------------------------------- divergences
-
 def binary_kl(log_a, log_b):
     """KL between Bernoulli(a) and Bernoulli(b), nats, from log a and log b (broadcasts)."""
     # a log(a/b) + (1-a) log((1-a)/(1-b))
@@ -317,8 +311,6 @@ def median_log_density(c, under):
     below = np.cumsum(np.exp(log_mass[order]))
     return float(level[order][np.searchsorted(below, .5 - 1e-12)])
 
-
-# ---------------------------------------------------------------- samples and the attack
 
 def sample(c, which, n, rng, label=None):
     """Draw n labels (uniform, or all `label`) and radii from p or q: (labels, radii), each of shape (n,)."""

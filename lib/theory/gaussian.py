@@ -37,8 +37,6 @@ class Attack(NamedTuple):
     drop: np.ndarray
 
 
-# ---------------------------------------------------------------- input
-
 def finite(name, value, low=0.0, strict=False, unit=""):
     """`value` as a float; ValueError in one line unless finite and >= `low` (> `low` where `strict`)."""
     number = float(value) if np.ndim(value) == 0 else np.nan
@@ -92,8 +90,6 @@ def random_covariance(n, condition, scale, rng):
     return (covariance + covariance.T) / 2
 
 
-# ---------------------------------------------------------------- likelihood and fit
-
 def covariance_of(gaussian):
     """The covariance (n, n) of a Gaussian."""
     return (gaussian.eigenvectors * gaussian.eigenvalues) @ gaussian.eigenvectors.T
@@ -126,8 +122,6 @@ def fit_spherical(samples):
     mean = samples.mean(0)
     return spherical(mean, np.square(samples - mean).mean())
 
-
-# ---------------------------------------------------------------- the optimal L2 attack (Theorem 3.1)
 
 def _pole_distance(b, e):
     """The s >= 0 with sum_i b_i^2 / (e_i + s)^2 = 1 for each row of b (N, n) >= 0; e (n,) ascends from 0.
@@ -244,8 +238,6 @@ def kkt_residual(gaussian, x, delta, curvature):
     terms = np.stack([-y / gaussian.eigenvalues, -d / gaussian.eigenvalues, twice_eta * d])
     return np.linalg.norm(terms.sum(0), axis=-1) / np.linalg.norm(terms, axis=-1).sum(0)
 
-
-# ---------------------------------------------------------------- what the closed form is judged by
 
 def projected_gradient(mean, covariance, x, epsilon, restarts, rng, iterations=20_000):
     """The attack on one point x (n,) by projected gradient ascent, knowing no eigenvalue and no formula.

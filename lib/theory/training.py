@@ -27,8 +27,6 @@ def _share(name, value):
     return value
 
 
-# ---------------------------------------------------------------- variance of the trained model
-
 def mean_chi(n):
     """E ||z|| for z ~ N(0, I_n), c_n = sqrt(2) Gamma((n+1)/2) / Gamma(n/2); without overflow for any n."""
     n = _dimension(n)
@@ -97,8 +95,6 @@ def adversarial_training(samples, epsilon, steps, reading, rng, fit=gs.fit):
     return models, attacked
 
 
-# ---------------------------------------------------------------- likelihood and its drop (Section 3.2.1)
-
 def natural_log_prob(n, sigma, factor):
     """L_nat: mean log-likelihood in nats of N(mu, sigma^2 I) under the model N(mu, sigma^2 factor I)."""
     # L_nat = -(n/2) log(2 pi sigma^2 f) - n / (2 f)
@@ -128,8 +124,6 @@ def drop_at(distance, epsilon, variance):
     # L(x) - L(x + delta) = (2 eps ||x - mu|| + eps^2) / (2 v)
     return (2 * epsilon * distance + epsilon**2) / (2 * variance)
 
-
-# ---------------------------------------------------------------- Theorem 3.2
 
 def coverage(n, sigma, epsilon, variance, drop):
     """P(drop of x < `drop`) for x ~ N(mu, sigma^2 I) under the model N(mu, variance I), exact."""
@@ -162,8 +156,6 @@ def steps_again(variance, sigma, epsilon, n):
     c = mean_chi(n) * sigma
     return (np.sqrt(c**2 + n * max(0.0, variance - sigma**2)) - c) / epsilon
 
-
-# ---------------------------------------------------------------- Lemma 8.2
 
 def log_chi2_tail(n, x):
     """log P(X >= x) for X ~ chi^2(n), arrays with x >= n + 1, far below the smallest float, too.
