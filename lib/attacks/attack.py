@@ -1,0 +1,171 @@
+"""One call for every attack: `attack(method, goal, x, ...)`, which trusts no method with its own success.
+
+A method is a function (goal, x, eps, norm, draw, **settings) -> images of x's shape. It sees one batch, may draw
+random numbers through `draw` and through torch's global generator, and need not check anything. All the rest happens
+here, once: random state, batches, box and ball, the clean image where an attack did harm to itself, success in a
+fresh pass, and the count of what it cost.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib.attacks.goals import Goal
+
+# by how much an attack on a random model may be stretched away from its image, to succeed in most draws
+STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
+
+
+class Found(NamedTuple):
+    """What an attack found for n images."""
+
+    x: Tensor          # (n, *shape), pixels in [0, 1]
+    success: Tensor    # (n,) bool: value > 0
+    value: Tensor      # (n,) of the goal, nats, in a fresh pass (random models: the median over fresh draws)
+    distance: Tensor   # (n,) from the clean image in the attack's norm
+    calls: Tensor      # (n,) passes of the model spent on each image, scoring not counted
+    frozen: Tensor     # (n,) bool: some gradient was not finite; from there on it counted as zero
+    rounded: Tensor    # (n,) bool: still successful after rounding to grey levels
+
+
+def attack(method: Callable, goal: Goal, x: Tensor, *, eps: float = math.inf, norm: float = 2, seed: int = 0,
+           batch: int = 100, draws: int = 10, grey_levels: int = 256, **settings) -> Found:
+    """Run `method` on images x (n, *shape), pixels in [0, 1], and judge what it found.
+
+    eps          radius of the ball in pixel units, >= 0; inf for minimum-norm attacks
+    norm         2 or inf
+    draws        fresh passes that judge a random model: the goal is reached if it is in most of them
+    grey_levels  number of values of a pixel, for `rounded`
+    settings     of the method
+    An attack of a random model with eps = inf is stretched along its own direction (`STRETCH`) until most draws
+    agree: an image that succeeded in one lucky draw lies on the boundary and fails in half of the others.
+    Same seed, same result; the caller's random state is left as it was. Raises ValueError for bad arguments.
+    """
+    _check(goal, x, eps, norm, batch, draws, grey_levels)
+    draws = draws if goal.random else 1
+    parts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for rows in torch.arange(len(x)).split(batch):
+            mine, clean, tally = goal.rows(rows), x[rows], _Tally()
+            with torch.enable_grad():
+                found = method(tally.watch(mine), clean, eps=eps, norm=norm, draw=Draws(seed, rows.tolist()), **settings)
+            found = into_ball(found.detach().nan_to_num(0.5), clean, eps, norm)
+            parts.append(_judge(mine, clean, found, norm, math.isinf(eps), draws, grey_levels)
+                         + (torch.full((len(rows),), tally.images / len(rows)), tally.bad(len(rows))))
+    x, value, distance, rounded, calls, frozen = (torch.cat(part) for part in zip(*parts))
+    return Found(x, value > 0, value, distance, calls, frozen, rounded)
+
+
+@torch.no_grad()
+def _judge(goal: Goal, clean: Tensor, found: Tensor, norm: float, minimal: bool, draws: int, grey_levels: int):
+    """(x, value, distance, rounded): scored in fresh passes, and the clean image back where the value fell."""
+    def value(images):
+        return torch.stack([goal.value(images) for _ in range(draws)]).median(0).values
+
+    if minimal and goal.random:
+        found = _stretched(value, clean, found)
+    before, after = value(clean), value(found)
+    fell = ~(after >= before)
+    found, after = torch.where(wide(fell, clean), clean, found), torch.where(fell, before, after)
+    steps = grey_levels - 1
+    return found, after, length(found - clean, norm), value((found * steps).round() / steps) > 0
+
+
+def _stretched(value: Callable, clean: Tensor, found: Tensor) -> Tensor:
+    """Each image at the first factor of `STRETCH` where it succeeds, else as it is."""
+    kept, done = found, torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+    for factor in STRETCH:
+        tried = (clean + factor * (found - clean)).clamp(0, 1)
+        good = ~done & (value(tried) > 0)
+        kept, done = torch.where(wide(good, clean), tried, kept), done | good
+    return kept
+
+
+class _Tally:
+    """Counts the images a method passes through the model, and notes gradients that are not finite."""
+
+    def __init__(self) -> None:
+        self.images, self.frozen = 0, None
+
+    def watch(self, goal: Goal) -> Goal:
+        def scores(x):
+            self.images += len(x)
+            if x.requires_grad and x.is_leaf:
+                x.register_hook(self.mend)
+            return goal.scores(x)
+        return replace(goal, scores=scores)
+
+    def mend(self, gradient: Tensor) -> Tensor:
+        """The gradient, with zero for the images where it is not finite."""
+        bad = ~gradient.flatten(1).isfinite().all(1)
+        if self.frozen is None or len(self.frozen) == len(bad):    # a method that sub-selects images is not followed
+            self.frozen = bad if self.frozen is None else self.frozen | bad
+        return gradient.masked_fill(wide(bad, gradient), 0)
+
+    def bad(self, n: int) -> Tensor:
+        return torch.zeros(n, dtype=torch.bool) if self.frozen is None else self.frozen.cpu()
+
+
+class Draws:
+    """Random numbers that depend on the seed and the image only, not on the batch the image came in."""
+
+    def __init__(self, seed: int, images: list[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in images]
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """U[0, 1) of the shape of `like`, whose leading axis is the batch."""
+        draws = [torch.rand(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators]
+        return torch.stack(draws).to(like.device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """N(0, 1) of the shape of `like`, whose leading axis is the batch."""
+        draws = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators]
+        return torch.stack(draws).to(like.device)
+
+
+def look(goal: Goal, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value (n,) and gradient of the climb (n, *shape) at x, by one pass."""
+    x = x.detach().requires_grad_()
+    scores = goal.scores(x)
+    gradient, = torch.autograd.grad(goal.climb(scores, goal.labels).sum(), x)
+    return goal.terms(scores, goal.labels).amin(1).detach(), gradient
+
+
+def length(d: Tensor, norm: float) -> Tensor:
+    """The norm (2 or inf) of each image's perturbation: (n, *shape) -> (n,)."""
+    return torch.linalg.vector_norm(d.flatten(1), ord=norm, dim=1)
+
+
+def into_ball(x: Tensor, clean: Tensor, eps: float, norm: float) -> Tensor:
+    """The nearest point to x in the ball around `clean`, then in the box [0, 1] (which keeps it in the ball)."""
+    d = x - clean
+    if norm == 2 and math.isfinite(eps):
+        # d <- d min(1, eps/|d|)
+        d = d * wide((eps / length(d, 2).clamp(min=1e-12)).clamp(max=1), d)
+    elif math.isfinite(eps):
+        d = d.clamp(-eps, eps)
+    return (clean + d).clamp(0, 1)
+
+
+def wide(flag: Tensor, like: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ..., 1), to broadcast over images of the shape of `like`."""
+    return flag.view(-1, *(1 for _ in like.shape[1:]))
+
+
+def _check(goal, x, eps, norm, batch, draws, grey_levels) -> None:
+    """Raise ValueError for the first argument out of range."""
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0 (pixels in [0, 1]), got {eps}")
+    if norm not in (2, math.inf):
+        raise ValueError(f"norm must be 2 or inf, got {norm}")
+    for name, number, least in (("batch", batch, 1), ("draws", draws, 1), ("grey_levels", grey_levels, 2)):
+        if number < least:
+            raise ValueError(f"{name} must be >= {least}, got {number}")
+    if len(goal.labels) != len(x):
+        raise ValueError(f"x must have one image for each of the goal's {len(goal.labels)} labels, got {len(x)}")
+    if not len(x) or not (x.amin() >= 0 and x.amax() <= 1):
+        raise ValueError("x must be at least one image with pixels in [0, 1]")

@@ -1,0 +1,113 @@
+"""What an attacker wants: a value per image, reached where it is positive, and a quantity to climb.
+
+Gaps between generative scores are near a hundred nats. There the softmax is 0 or 1 in float32, its gradient vanishes,
+and a cross-entropy attack fails without a word. Nothing here passes through a softmax.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted for each of n images, as functions of the model's scores, so that one pass serves all of it.
+
+    scores  (n, *shape) -> (n, C), the model; only this is called with images
+    terms   (scores, labels) -> (n, k), in the unit of the scores (nats); the goal is reached where all k are > 0
+    climb   (scores, labels) -> (n,), to be raised: never saturates, has a gradient where the terms still fail
+    labels  (n,) what the terms need to know of each image: its class, the target, or nothing (zeros)
+    random  True when two passes over the same images differ
+    """
+
+    scores: Callable[[Tensor], Tensor]
+    terms: Callable[[Tensor, Tensor], Tensor]
+    climb: Callable[[Tensor, Tensor], Tensor]
+    labels: Tensor
+    random: bool = False
+
+    def rows(self, chosen) -> "Goal":
+        """The same goal for some of the images: an index tensor, a mask or a slice."""
+        return replace(self, labels=self.labels[chosen])
+
+    def value(self, x: Tensor) -> Tensor:
+        """(n,), nats: the smallest term, positive where the goal is reached."""
+        return self.terms(self.scores(x), self.labels).amin(1)
+
+
+def escape(model, y: Tensor, floor: float | None = None, reject: tuple[int, ...] = ()) -> Goal:
+    """Any class but the true one: the margin max_{k != y} z_k - z_y, nats.
+
+    y (n,) true classes. floor: also log p(x) >= floor (nats), so that a detector with this threshold accepts the
+    image. reject: classes that mean "no image" (the last one of `lib.detect.Reject`); such an answer counts as caught.
+    """
+    def terms(z, y):
+        return _with_floor(_margin(z, y, reject), z, floor)
+
+    def climb(z, y):
+        # the soft margin of -log1p(max z - z): same argmax, and the gap to each class counts by its ratio
+        return _soft_margin(-torch.log1p(z.amax(1, keepdim=True) - z), y) if floor is None and not reject \
+            else terms(z, y).amin(1)
+
+    return Goal(model, terms, climb, y, getattr(model, "random", False))
+
+
+def become(model, target: Tensor, floor: float | None = None) -> Goal:
+    """The class `target` (n,): the margin z_t - max_{k != t} z_k, nats; `floor` as in `escape`."""
+    def terms(z, t):
+        return _with_floor(-_margin(z, t), z, floor)
+
+    def climb(z, t):
+        return -_soft_margin(z, t) if floor is None else terms(z, t).amin(1)
+
+    return Goal(model, terms, climb, target, getattr(model, "random", False))
+
+
+def likely(score: Callable[[Tensor], Tensor], floor: float, n: int, random: bool = False) -> Goal:
+    """log p(x) above `floor` (nats), for n images; `score`: (n, *shape) -> (n,), e.g. a model's `score`."""
+    return _of_score(score, lambda s: s - floor, n, random)
+
+
+def unlikely(score: Callable[[Tensor], Tensor], ceiling: float, n: int, random: bool = False) -> Goal:
+    """log p(x) below `ceiling` (nats), for n images; `score`: (n, *shape) -> (n,)."""
+    return _of_score(score, lambda s: ceiling - s, n, random)
+
+
+def energy(model, k: int, level: float, n: int) -> Goal:
+    """The score of class k above `level`, whatever the others say (one-vs-rest energies), for n images."""
+    return _of_score(lambda x: model(x)[:, k], lambda s: s - level, n, getattr(model, "random", False))
+
+
+def expected(goal: Goal, draws: int) -> Goal:
+    """The goal in expectation over a random model: terms and climb averaged over `draws` >= 1 passes."""
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+    return replace(goal, scores=lambda x: torch.stack([goal.scores(x) for _ in range(draws)]),
+                   terms=lambda z, y: torch.stack([goal.terms(one, y) for one in z]).mean(0),
+                   climb=lambda z, y: torch.stack([goal.climb(one, y) for one in z]).mean(0))
+
+
+def _of_score(score, value, n: int, random: bool) -> Goal:
+    """A goal about one number per image."""
+    return Goal(lambda x: score(x)[:, None], lambda z, _: value(z), lambda z, _: value(z)[:, 0],
+                torch.zeros(n, dtype=torch.long), random)
+
+
+def _margin(z: Tensor, y: Tensor, reject: tuple[int, ...] = ()) -> Tensor:
+    """Best score among other classes that are no rejection, minus the best of the own class and the rejections."""
+    caught = torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
+    if reject:
+        caught[:, list(reject)] = True
+    return z.masked_fill(caught, -torch.inf).amax(1) - z.masked_fill(~caught, -torch.inf).amax(1)
+
+
+def _soft_margin(z: Tensor, y: Tensor) -> Tensor:
+    """logsumexp_{k != y} z_k - z_y: as the margin, but every close class pulls."""
+    own = torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
+    return z.masked_fill(own, -torch.inf).logsumexp(1) - z.gather(1, y[:, None])[:, 0]
+
+
+def _with_floor(margin: Tensor, z: Tensor, floor: float | None) -> Tensor:
+    """The terms (n, 1) or, with the detector's, (n, 2): log p(x) = logsumexp z must exceed the floor."""
+    return margin[:, None] if floor is None else torch.stack([margin, z.logsumexp(1) - floor], 1)
