@@ -134,7 +134,9 @@ def seeds_table(name):
     table = pd.read_csv(file, dtype={"claim": str, "name": str})
     if "control" in table:
         table = table[table["control"] == "none"]
-    return table, changed(read(path("seeds", name, ".json")), name, but=SHOWN)
+    manifest = read(path("seeds", name, ".json"))
+    other = "" if manifest["parameters"] == seeds_parameters(name) else "parameters of the recorded sweep"
+    return table, changed(manifest, name, but=SHOWN) or other
 
 
 def compare(measured, ids):
@@ -266,3 +268,9 @@ def full_parameters(name):
         raise claims.ClaimError(f"--full needs {file.relative_to(claims.project_root())}, which does not exist")
     content = yaml.safe_load(file.read_text())
     return content.get("parameters", {}), content.get("deviations", [])
+
+
+def seeds_parameters(name):
+    """Parameters of the recorded sweep that differ from the page's, from ``<topic>.seeds.yaml``; usually none."""
+    file = path("source", name, ".seeds.yaml")
+    return yaml.safe_load(file.read_text()) if file.exists() else {}

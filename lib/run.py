@@ -138,13 +138,16 @@ def sweep(name, given, axes):
     """`repro run NOTEBOOK --sweep seed 0 1 2`: every point of the grid, on a local dask cluster.
 
     The tidy table (a row for each point, claim and name) lies under ``_build/sweeps``; `repro accept` moves a sweep
-    over seeds of the unchanged fast tier into the records of the book.
+    over seeds of the unchanged fast tier into the records of the book. Such a sweep takes the parameters of the
+    page's ``.seeds.yaml``, where there is one: what is too slow for the live page is run at length for the record.
     """
     import pandas as pd
     from distributed import Client, LocalCluster, as_completed
     from tqdm import tqdm
     logging.getLogger("distributed").setLevel(logging.ERROR)
     source = records.read(records.path("source", name))
+    if set(axes) <= {"seed", "control"} and not given:
+        given = records.seeds_parameters(name)
     grid = [check(source, given | dict(zip(axes, values))) for values in itertools.product(*axes.values())]
     folder = records.path("sweeps", name, "")
     targets = [folder / f"{digest(p)[:12]}.ipynb" for p in grid]
@@ -245,7 +248,8 @@ def _accept_sweep(name):
         record = records.read(summary)
         swept = record.get("sweep", {})
         if axes <= set(swept) <= {"seed", "control"} and set(range(claims.MIN_SEEDS)) <= set(swept["seed"]) \
-                and not record["parameters"] and not records.changed(record, name, but=records.SHOWN):
+                and record["parameters"] == records.seeds_parameters(name) \
+                and not records.changed(record, name, but=records.SHOWN):
             before = records.path("seeds", name, ".csv").read_text() if there.exists() else ""
             for suffix in (".csv", ".json"):
                 records.write(records.path("seeds", name, suffix), summary.with_suffix(suffix).read_text())

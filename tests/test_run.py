@@ -165,6 +165,19 @@ def test_only_the_whole_sweep_of_the_unchanged_page_becomes_a_record(project, ax
     assert run._accept_sweep("paper/page") == taken == records.path("seeds", "paper/page", ".csv").exists()
 
 
+def test_a_record_runs_at_the_length_that_its_seeds_file_says(project):
+    extra = project / "notebooks" / "paper" / "page.seeds.yaml"
+    extra.write_text("epsilon: 0.5")
+    run.sweep("paper/page", {}, {"seed": ["0", "1", "2", "3", "4"]})
+    assert run._accept_sweep("paper/page")
+    point, *_ = (project / "_build" / "sweeps" / "paper" / "page").glob("[0-9a-f]*.ipynb")
+    assert claims.read_settled(point)["paper/exact"]["atoms"][0]["estimate"] == 0.5     # the page itself says 0.1
+    assert records.seeds_table("paper/page")[1] == ""
+    extra.write_text("epsilon: 0.6")
+    assert records.seeds_table("paper/page")[1] == "parameters of the recorded sweep"
+    assert not run._accept_sweep("paper/page")
+
+
 def test_a_record_with_a_control_is_not_replaced_by_one_without(project):
     summary(project, ["control", "seed"], [0, 1, 2, 3, 4])
     assert run._accept_sweep("paper/page")
