@@ -139,10 +139,11 @@ def seeds_table(name):
     return table, changed(manifest, name, but=SHOWN) or other
 
 
-def compare(measured, ids):
+def compare(measured, ids, scale=1):
     """A table paper | record | here: `ids` maps names of this page's numbers to the claims with the paper's values.
 
     The record is the mean over the recorded runs with its 95 % t-interval; a name without a claim has no paper value.
+    `scale` times a number of the page is in the paper's unit: 100 for shares beside its percentages.
     """
     import pandas as pd
     name = claims.notebook_name()
@@ -151,11 +152,11 @@ def compare(measured, ids):
     for key, id in ids.items():
         record = "none yet"
         if table is not None and key in set(table["name"]):
-            values = table[table["name"] == key].drop_duplicates("seed")["value"].to_numpy()
+            values = scale * table[table["name"] == key].drop_duplicates("seed")["value"].to_numpy()
             mean, low, high, n = claims.measure("v", {"v": values}, "seeds")
             record = f"{mean:.2f} ± {(high - low) / 2:.2f} (n = {n}{', stale' if stale else ''})"
         value = claims.claim(name.split("/")[0], id).get("value") if id else None
-        rows.append({"": key, "paper": "" if value is None else f"{value}", "record": record, "here": f"{measured[key]:.2f}"})
+        rows.append({"": key, "paper": "" if value is None else f"{value}", "record": record, "here": f"{scale * measured[key]:.2f}"})
     return pd.DataFrame(rows).style.hide(axis="index")
 
 

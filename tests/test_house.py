@@ -208,7 +208,9 @@ def test_lib_stays_small():
     tracked = subprocess.check_output(["git", "ls-files", "lib/*.py"], cwd=ROOT, text=True).split()
     lines = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
     assert lines["lib/claims.py"] + lines["lib/run.py"] <= 900
-    assert sum(lines.values()) <= 4000, json.dumps(lines, indent=1)
+    # issue 3 adds the attacks and four models to the three works still to come: theory counts apart since then
+    theory = sum(n for name, n in lines.items() if name.startswith("lib/theory/"))
+    assert theory <= 1000 and sum(lines.values()) - theory <= 5000, json.dumps(lines, indent=1)
 
 
 def test_nothing_needs_the_shared_folder():
