@@ -17,6 +17,8 @@ from lib.attacks.goals import Goal
 
 # by how much an attack on a random model may be stretched away from its image, to succeed in most draws
 STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
+# fresh draws that an image must convince before a method on a random model keeps it
+REDRAWS = 10
 
 
 class Found(NamedTuple):
@@ -50,12 +52,12 @@ def attack(method: Callable, goal: Goal, x: Tensor, *, eps: float = math.inf, no
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for rows in torch.arange(len(x)).split(batch):
-            mine, clean, tally = goal.rows(rows), x[rows], _Tally()
+            mine, clean, tally = goal.rows(rows), x[rows], _Tally(len(rows))
             with torch.enable_grad():
                 found = method(tally.watch(mine), clean, eps=eps, norm=norm, draw=Draws(seed, rows.tolist()), **settings)
             found = into_ball(found.detach().nan_to_num(0.5), clean, eps, norm)
             parts.append(_judge(mine, clean, found, norm, math.isinf(eps), draws, grey_levels)
-                         + (torch.full((len(rows),), tally.images / len(rows)), tally.bad(len(rows))))
+                         + (torch.full((len(rows),), tally.images / len(rows)), tally.frozen))
     x, value, distance, rounded, calls, frozen = (torch.cat(part) for part in zip(*parts))
     return Found(x, value > 0, value, distance, calls, frozen, rounded)
 
@@ -64,10 +66,10 @@ def attack(method: Callable, goal: Goal, x: Tensor, *, eps: float = math.inf, no
 def _judge(goal: Goal, clean: Tensor, found: Tensor, norm: float, minimal: bool, draws: int, grey_levels: int):
     """(x, value, distance, rounded): scored in fresh passes, and the clean image back where the value fell."""
     def value(images):
-        return torch.stack([goal.value(images) for _ in range(draws)]).median(0).values
+        return _median(goal, images, draws)
 
     if minimal and goal.random:
-        found = _stretched(value, clean, found)
+        found = _stretched(goal, clean, found, draws)
     before, after = value(clean), value(found)
     fell = ~(after >= before)
     found, after = torch.where(wide(fell, clean), clean, found), torch.where(fell, before, after)
@@ -75,12 +77,27 @@ def _judge(goal: Goal, clean: Tensor, found: Tensor, norm: float, minimal: bool,
     return found, after, length(found - clean, norm), value((found * steps).round() / steps) > 0
 
 
-def _stretched(value: Callable, clean: Tensor, found: Tensor) -> Tensor:
-    """Each image at the first factor of `STRETCH` where it succeeds, else as it is."""
+def _median(goal: Goal, x: Tensor, draws: int) -> Tensor:
+    return torch.stack([goal.value(x) for _ in range(draws)]).median(0).values
+
+
+@torch.no_grad()
+def fresh_value(goal: Goal, x: Tensor, *, seed: int = 0, draws: int = 10) -> Tensor:
+    """(n,) nats: the goal's value at images x in fresh passes, for a random model the median over `draws` of them.
+
+    So a finding of one goal can be judged by another: what fooled the classifier, by the detector.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _median(goal, x, draws if goal.random else 1)
+
+
+def _stretched(goal: Goal, clean: Tensor, found: Tensor, draws: int) -> Tensor:
+    """Each image at the first factor of `STRETCH` where nearly all draws succeed, so that most fresh ones will."""
     kept, done = found, torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
     for factor in STRETCH:
         tried = (clean + factor * (found - clean)).clamp(0, 1)
-        good = ~done & (value(tried) > 0)
+        good = ~done & (_typical(goal, tried, draws, share=0.8) > 0)
         kept, done = torch.where(wide(good, clean), tried, kept), done | good
     return kept
 
@@ -88,12 +105,12 @@ def _stretched(value: Callable, clean: Tensor, found: Tensor) -> Tensor:
 class _Tally:
     """Counts the images a method passes through the model, and notes gradients that are not finite."""
 
-    def __init__(self) -> None:
-        self.images, self.frozen = 0, None
+    def __init__(self, n: int) -> None:
+        self.images, self.frozen = 0, torch.zeros(n, dtype=torch.bool)
 
     def watch(self, goal: Goal) -> Goal:
         def scores(x):
-            self.images += len(x)
+            self.images += len(x) * goal.passes
             if x.requires_grad and x.is_leaf:
                 x.register_hook(self.mend)
             return goal.scores(x)
@@ -102,12 +119,9 @@ class _Tally:
     def mend(self, gradient: Tensor) -> Tensor:
         """The gradient, with zero for the images where it is not finite."""
         bad = ~gradient.flatten(1).isfinite().all(1)
-        if self.frozen is None or len(self.frozen) == len(bad):    # a method that sub-selects images is not followed
-            self.frozen = bad if self.frozen is None else self.frozen | bad
+        if len(self.frozen) == len(bad):    # a method that sub-selects images is not followed
+            self.frozen = self.frozen | bad.cpu()
         return gradient.masked_fill(wide(bad, gradient), 0)
-
-    def bad(self, n: int) -> Tensor:
-        return torch.zeros(n, dtype=torch.bool) if self.frozen is None else self.frozen.cpu()
 
 
 class Draws:
@@ -128,11 +142,73 @@ class Draws:
 
 
 def look(goal: Goal, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Value (n,) and gradient of the climb (n, *shape) at x, by one pass."""
+    """Terms (n, k) and the gradient of the climb (n, *shape) at x, by one pass."""
     x = x.detach().requires_grad_()
     scores = goal.scores(x)
     gradient, = torch.autograd.grad(goal.climb(scores, goal.labels).sum(), x)
-    return goal.terms(scores, goal.labels).amin(1).detach(), gradient
+    return goal.terms(scores, goal.labels).detach(), gradient
+
+
+def class_gradients(goal: Goal, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (n, C) and the gradient of each (n, C, *shape) at x, by one pass; averaged where the goal is `expected`."""
+    x = x.detach().requires_grad_()
+    scores = goal.scores(x)
+    scores = scores.mean(0) if scores.dim() == 3 else scores
+    if scores.shape[1] < 2:
+        raise ValueError(f"this attack needs the scores of at least 2 classes, got {scores.shape[1]}")
+    gradients = [torch.autograd.grad(score.sum(), x, retain_graph=True)[0] for score in scores.unbind(1)]
+    return scores.detach(), torch.stack(gradients, 1)
+
+
+class Nearest:
+    """The best of the images offered: the nearest that reaches the goal; until one does, that of largest value.
+
+    What a single draw of a random model calls better is believed only if nearly all of `REDRAWS` fresh ones agree:
+    among a hundred iterates some draw always flatters, at first the one next to the clean image.
+    """
+
+    def __init__(self, goal: Goal, clean: Tensor, norm: float = 2) -> None:
+        self.goal, self.clean, self.norm, self.x = goal, clean, norm, clean
+        self.value = clean.new_full((len(clean),), -torch.inf)
+        self.distance = torch.full_like(self.value, torch.inf)
+
+    @torch.no_grad()
+    def offer(self, x: Tensor, value: Tensor) -> None:
+        """Take those of images x (n, *shape) that are better than what is held; `value` (n,) is the goal's there."""
+        distance = length(x - self.clean, self.norm)
+        taken = _beats(value, distance, self.value, self.distance)
+        if self.goal.random and taken.any():
+            value = value.masked_scatter(taken, _typical(self.goal.rows(taken), x[taken], REDRAWS, share=0.8))
+            taken &= _beats(value, distance, self.value, self.distance)
+        self.x = torch.where(wide(taken, x), x, self.x)
+        self.value = torch.where(taken, value, self.value)
+        self.distance = torch.where(taken, distance, self.distance)
+
+
+def best(*found: Found) -> Found:
+    """Several attacks on the same images as one: per image the nearest success, or else the largest value.
+
+    So a targeted attack becomes untargeted: best(*(attack(ddn, become(model, t), x) for t in targets)), once their
+    values mean the same. `calls` add up, `frozen` is kept where any attack froze.
+    """
+    held = found[0]
+    for other in found[1:]:
+        taken = _beats(other.value, other.distance, held.value, held.distance)
+        held = Found(*(torch.where(wide(taken, new), new, old) for new, old in zip(other, held)))
+    return held._replace(calls=torch.stack([f.calls for f in found]).sum(0),
+                         frozen=torch.stack([f.frozen for f in found]).any(0))
+
+
+def _typical(goal: Goal, x: Tensor, draws: int, share: float = 0.5) -> Tensor:
+    """The value (n,) that a share of fresh draws of a random model exceeds: 0.5 for the (lower) median."""
+    # one pass over all draws: on small images much faster than one pass each
+    many = replace(goal, labels=goal.labels.repeat(draws)).value(x.repeat(draws, *(1 for _ in x.shape[1:])))
+    return many.view(draws, len(x)).quantile(1 - share, dim=0, interpolation="lower")
+
+
+def _beats(value: Tensor, distance: Tensor, held: Tensor, held_distance: Tensor) -> Tensor:
+    """(n,) bool: nearer where both reach the goal, else of larger value."""
+    return torch.where((value > 0) & (held > 0), distance < held_distance, value > held)
 
 
 def length(d: Tensor, norm: float) -> Tensor:

@@ -3,6 +3,7 @@
 Gaps between generative scores are near a hundred nats. There the softmax is 0 or 1 in float32, its gradient vanishes,
 and a cross-entropy attack fails without a word. Nothing here passes through a softmax.
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ class Goal:
     climb   (scores, labels) -> (n,), to be raised: never saturates, has a gradient where the terms still fail
     labels  (n,) what the terms need to know of each image: its class, the target, or nothing (zeros)
     random  True when two passes over the same images differ
+    targeted  True when the labels are classes to become, for methods that work from scores and labels alone
+    passes  of the model that one call of `scores` makes for each image
     """
 
     scores: Callable[[Tensor], Tensor]
@@ -26,6 +29,8 @@ class Goal:
     climb: Callable[[Tensor, Tensor], Tensor]
     labels: Tensor
     random: bool = False
+    targeted: bool = False
+    passes: int = 1
 
     def rows(self, chosen) -> "Goal":
         """The same goal for some of the images: an index tensor, a mask or a slice."""
@@ -61,7 +66,7 @@ def become(model, target: Tensor, floor: float | None = None) -> Goal:
     def climb(z, t):
         return -_soft_margin(z, t) if floor is None else terms(z, t).amin(1)
 
-    return Goal(model, terms, climb, target, getattr(model, "random", False))
+    return Goal(model, terms, climb, target, getattr(model, "random", False), targeted=True)
 
 
 def likely(score: Callable[[Tensor], Tensor], floor: float, n: int, random: bool = False) -> Goal:
@@ -84,8 +89,31 @@ def expected(goal: Goal, draws: int) -> Goal:
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
     return replace(goal, scores=lambda x: torch.stack([goal.scores(x) for _ in range(draws)]),
+                   passes=draws * goal.passes,
                    terms=lambda z, y: torch.stack([goal.terms(one, y) for one in z]).mean(0),
                    climb=lambda z, y: torch.stack([goal.climb(one, y) for one in z]).mean(0))
+
+
+def settled(goal: Goal, draws: int = 8, seed: int = 0) -> Goal:
+    """The goal of a random model with its noise held still, for attacks that only compare decisions.
+
+    The scores are the log-mean-exp over `draws` >= 1 passes, log 1/n sum_i exp z_i (nats), always with the noise of
+    `seed`: a batch asked twice is answered alike, in another batch an image meets other noise. What such an attack
+    finds must still be judged on fresh draws, as `attack` does. A goal that is not random is returned as it is.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+    if not goal.random:
+        return goal
+
+    def scores(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # one pass over all draws: on small images two to three times faster than one pass each
+            z = goal.scores(x.repeat(draws, *(1 for _ in x.shape[1:])))
+        return z.unflatten(0, (draws, len(x))).logsumexp(0) - math.log(draws)
+
+    return replace(goal, scores=scores, random=False, passes=draws * goal.passes)
 
 
 def _of_score(score, value, n: int, random: bool) -> Goal:

@@ -27,7 +27,8 @@ def pgd(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, steps: i
         here = x if start == 0 else into_ball(x + _in_ball(x, eps, norm, draw), x, eps, norm)
         first = second = torch.zeros_like(x)
         for t in range(steps + 1):
-            value, gradient = look(goal, here)
+            terms, gradient = look(goal, here)
+            value = terms.amin(1)
             better = value > best_value
             best, best_value = torch.where(wide(better, x), here, best), torch.where(better, value, best_value)
             if t == steps:
