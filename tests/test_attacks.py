@@ -20,7 +20,7 @@ from lib.attacks.pgd import fgsm, pgd
 SHAPE, CLASSES = (1, 5, 5), 4
 # small settings with which each method still does its work on the models below
 QUICK = {pgd: dict(steps=20), fgsm: {}, ddn: dict(steps=60), cw: dict(binary_steps=3, steps=30, lr=0.1), deepfool: {},
-         jsma: dict(gamma=1.0), localsearch: dict(rounds=20), noise: dict(levels=20, tries=5)}
+         jsma: dict(gamma=1.0), localsearch: dict(rounds=20), noise: dict(levels=12, tries=3)}
 BALL, MINIMAL = [pgd, fgsm], [ddn, cw, deepfool]
 names = {"ids": lambda value: getattr(value, "__name__", None) or ("fgsm" if value is fgsm else None)}
 
@@ -125,7 +125,7 @@ def test_ball_box_value_and_success(method, case, norm):
         pytest.skip("measures L2 only")
     model, x, y = CASES[case]()
     goal, before = escape(model, y), x.clone()
-    for eps in (0.03 if norm == math.inf else 0.2, 0.5):
+    for eps in (0.05, 0.5):
         found = attack(method, goal, x, eps=eps, norm=norm, batch=3, **QUICK[method])
         assert torch.equal(x, before)
         assert found.x.shape == x.shape and found.x.amin() >= 0 and found.x.amax() <= 1
@@ -272,7 +272,7 @@ def test_more_steps_and_more_starts_never_lower_success():
 @pytest.mark.parametrize("method", [pgd, ddn, cw], **names)
 def test_a_detector_is_evaded_or_the_attack_does_not_count(method):
     model, x, y = kernel_case(16)
-    floor, extra = accepted(model, x, 0.8), {**QUICK[method], **({"eps": 2.5} if method is pgd else {})}
+    floor, extra = accepted(model, x, 0.8), {pgd: dict(eps=2.5), ddn: {}, cw: dict(steps=150)}[method]
     blind = attack(method, escape(model, y), x, **extra)
     aware = attack(method, escape(model, y, floor), x, **extra)
     fooled = model(aware.x).argmax(1) != y
@@ -392,9 +392,9 @@ def test_noise_has_the_wanted_length_after_clipping(seed, share, norm):
 @pytest.mark.parametrize("method", [pgd, ddn, cw, deepfool], **names)
 def test_on_a_random_model_success_is_most_of_the_draws(method):
     linear, x, y = linear_case(30)
-    model = Noisy(linear, 3.0)
+    model = Noisy(linear, 6.0)
     found = attack(method, escape(model, y), x, **radius(method, "linear"), **QUICK[method])
-    assert found.success.double().mean() > 0.6
+    assert found.success.double().mean() > 0.8
     torch.manual_seed(11)
     share = torch.stack([model(found.x).argmax(1) != y for _ in range(200)]).double().mean(0)
     assert (share[found.success] > 0.5).double().mean() > 0.9
@@ -495,7 +495,8 @@ def test_bad_arguments_give_one_clear_line(method, wrong, message):
 def test_bad_images_and_goals_give_one_clear_line():
     model, x, y = linear_case(2)
     for images, goal, message in ((x + 1, escape(model, y), "pixels in"), (x * math.nan, escape(model, y), "pixels in"),
-                                  (x[:1], escape(model, y), "one image for each"), (x[:0], escape(model, y[:0]), "at least")):
+                                  (x[:1], escape(model, y), "one image for each"),
+                                  (x[:0], escape(model, y[:0]), "at least")):
         with pytest.raises(ValueError, match=message):
             attack(ddn, goal, images)
     single = likely(lambda x: x.flatten(1).sum(1), 3.0, 2)

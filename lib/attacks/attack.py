@@ -29,7 +29,7 @@ class Found(NamedTuple):
     value: Tensor      # (n,) of the goal, nats, in a fresh pass (random models: the median over fresh draws)
     distance: Tensor   # (n,) from the clean image in the attack's norm
     calls: Tensor      # (n,) passes of the model spent on each image, scoring not counted
-    frozen: Tensor     # (n,) bool: some gradient was not finite; from there on it counted as zero
+    frozen: Tensor     # (n,) bool: some gradient was not finite; such a one counts as zero
     rounded: Tensor    # (n,) bool: still successful after rounding to grey levels
 
 
@@ -94,11 +94,13 @@ def fresh_value(goal: Goal, x: Tensor, *, seed: int = 0, draws: int = 10) -> Ten
 
 def _stretched(goal: Goal, clean: Tensor, found: Tensor, draws: int) -> Tensor:
     """Each image at the first factor of `STRETCH` where nearly all draws succeed, so that most fresh ones will."""
-    kept, done = found, torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+    kept, left = found.clone(), torch.arange(len(clean), device=clean.device)
     for factor in STRETCH:
-        tried = (clean + factor * (found - clean)).clamp(0, 1)
-        good = ~done & (_typical(goal, tried, draws, share=0.8) > 0)
-        kept, done = torch.where(wide(good, clean), tried, kept), done | good
+        if not len(left):
+            break
+        tried = (clean[left] + factor * (found[left] - clean[left])).clamp(0, 1)
+        good = _typical(goal.rows(left), tried, draws, share=0.8) > 0
+        kept[left[good]], left = tried[good], left[~good]
     return kept
 
 
@@ -163,7 +165,7 @@ def class_gradients(goal: Goal, x: Tensor) -> tuple[Tensor, Tensor]:
 class Nearest:
     """The best of the images offered: the nearest that reaches the goal; until one does, that of largest value.
 
-    What a single draw of a random model calls better is believed only if nearly all of `REDRAWS` fresh ones agree:
+    What a single draw of a random model calls a success is believed only if nearly all of `REDRAWS` fresh ones agree:
     among a hundred iterates some draw always flatters, at first the one next to the clean image.
     """
 
@@ -176,10 +178,12 @@ class Nearest:
     def offer(self, x: Tensor, value: Tensor) -> None:
         """Take those of images x (n, *shape) that are better than what is held; `value` (n,) is the goal's there."""
         distance = length(x - self.clean, self.norm)
+        hopeful = _beats(value, distance, self.value, self.distance) & (value > 0) & self.goal.random
+        for draws in (2, REDRAWS):      # most flattery does not survive two draws
+            if hopeful.any():
+                value = value.masked_scatter(hopeful, _typical(self.goal.rows(hopeful), x[hopeful], draws, share=0.8))
+                hopeful &= value > 0
         taken = _beats(value, distance, self.value, self.distance)
-        if self.goal.random and taken.any():
-            value = value.masked_scatter(taken, _typical(self.goal.rows(taken), x[taken], REDRAWS, share=0.8))
-            taken &= _beats(value, distance, self.value, self.distance)
         self.x = torch.where(wide(taken, x), x, self.x)
         self.value = torch.where(taken, value, self.value)
         self.distance = torch.where(taken, distance, self.distance)

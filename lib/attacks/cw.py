@@ -17,9 +17,9 @@ def cw(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, kappa: fl
     norm          2 only
     kappa         >= 0, nats, by how much the first term (the margin) must be exceeded; zero for the detector's term,
                   whose hinge max(0, floor - log p) fetaya2020 (Section 4.3) adds to the loss
-    binary_steps  >= 1 rounds; each begins at x and ends with the next weight c_k of every term for itself: ten times
-                  as large while the term fails, then by bisection. All rounds run in full: no early abort.
-    steps         >= 1 steps of Adam in a round, at a rate that falls from lr > 0 to a tenth (ours)
+    binary_steps  >= 1 rounds; each begins at x and ends with the next weights c_k, every term's for itself (ours): ten
+                  times as large while its failure is the worst, then by bisection. No early abort.
+    steps         >= 1 steps of Adam at rate lr > 0 in a round
     weight        > 0, the first c_k times the margin still lacking: the search does not see the scale of the scores
     """
     if norm != 2 or not kappa >= 0 or binary_steps < 1 or steps < 1 or not lr > 0 or not weight > 0:
@@ -38,9 +38,7 @@ def cw(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, kappa: fl
     for _ in range(binary_steps):
         w, here = start.clone(), Nearest(judged, x)
         adam = torch.optim.Adam([w], lr=lr)
-        for t in range(steps):
-            # a steady rate swings around the hinges' kinks, where the best images are
-            adam.param_groups[0]["lr"] = lr * (1 - 0.9 * t / steps)
+        for _ in range(steps):
             image = ((torch.tanh(w) + 1) / 2).requires_grad_()
             lack = -wanted(goal.scores(image), goal.labels)
             if c is None:
@@ -53,14 +51,17 @@ def cw(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, kappa: fl
             w.grad = (2 * (image - clean) + push) * 2 * image * (1 - image)
             adam.step()
         held.offer(here.x, here.value)
-        low, high, c = _bisect(c, low, high, (here.value > 0)[:, None], lack >= 0)
+        low, high, c = _bisect(c, low, high, (here.value > 0)[:, None], lack)
     return held.x
 
 
-def _bisect(c: Tensor, low: Tensor, high: Tensor, reached: Tensor, failing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The next (low, high, c): all weights down after a success, else up for the terms that failed at the end."""
-    # if by chance none did, each of them is as much to blame
-    raised = ~reached & (failing | ~failing.any(1, keepdim=True))
+def _bisect(c: Tensor, low: Tensor, high: Tensor, reached: Tensor, lack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The next (low, high, c): all weights down after a success, else that of the term up which lacks most at the end.
+
+    Raising every failing term would let the weights race each other: a detector's hinge that holds the image where it
+    was makes the margin fail as well.
+    """
+    raised = ~reached & (lack >= lack.amax(1, keepdim=True))
     low, high = torch.where(raised, c, low), torch.where(reached, c, high)
     middle = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
     return low, high, torch.where(reached | raised, middle, c)

@@ -24,6 +24,8 @@ def noise(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, levels
             if (held.value > 0).all():
                 return held.x
             image = _clipped(x, draw.normal(x), far * level / levels, norm)
+            # an image that is done stays: else it would depend on how long the others of its batch take
+            image = torch.where(wide(held.value > 0, x), held.x, image)
             held.offer(image, goal.value(image))
     return held.x
 
