@@ -27,6 +27,8 @@ $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	# an oracle of the attacks' tests; alone, because it asks for visdom, whose source no longer builds
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps adv-lib==0.2.8
 	touch $@
 
 clean:
