@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lib.attacks.goals import Goal
 
+# a ball is entered by this share of its radius: rounding to float32 would leave half the points of its sphere outside
+SLACK = 1e-5
+# share of fresh draws of a random model that must agree before an attack believes in a success: most will, later
+CONVINCED = 0.7
 # by how much an attack on a random model may be stretched away from its image, to succeed in most draws
 STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
 # fresh draws that an image must convince before a method on a random model keeps it
@@ -99,7 +103,7 @@ def _stretched(goal: Goal, clean: Tensor, found: Tensor, draws: int) -> Tensor:
         if not len(left):
             break
         tried = (clean[left] + factor * (found[left] - clean[left])).clamp(0, 1)
-        good = _typical(goal.rows(left), tried, draws, share=0.8) > 0
+        good = typical(goal.rows(left), tried, draws, share=CONVINCED) > 0
         kept[left[good]], left = tried[good], left[~good]
     return kept
 
@@ -181,7 +185,7 @@ class Nearest:
         hopeful = _beats(value, distance, self.value, self.distance) & (value > 0) & self.goal.random
         for draws in (2, REDRAWS):      # most flattery does not survive two draws
             if hopeful.any():
-                value = value.masked_scatter(hopeful, _typical(self.goal.rows(hopeful), x[hopeful], draws, share=0.8))
+                value = value.masked_scatter(hopeful, typical(self.goal.rows(hopeful), x[hopeful], draws, share=CONVINCED))
                 hopeful &= value > 0
         taken = _beats(value, distance, self.value, self.distance)
         self.x = torch.where(wide(taken, x), x, self.x)
@@ -189,21 +193,27 @@ class Nearest:
         self.distance = torch.where(taken, distance, self.distance)
 
 
-def best(*found: Found) -> Found:
+def best(*found: Found, eps: float = math.inf) -> Found:
     """Several attacks on the same images as one: per image the nearest success, or else the largest value.
 
+    With a finite `eps`: per image the largest value within that distance, which fresh noise is least likely to undo.
     So a targeted attack becomes untargeted: best(*(attack(ddn, become(model, t), x) for t in targets)), once their
     values mean the same. `calls` add up, `frozen` is kept where any attack froze.
     """
     held = found[0]
     for other in found[1:]:
-        taken = _beats(other.value, other.distance, held.value, held.distance)
-        held = Found(*(torch.where(wide(taken, new), new, old) for new, old in zip(other, held)))
+        if math.isinf(eps):
+            taken = _beats(other.value, other.distance, held.value, held.distance)
+        else:
+            near, mine = other.distance <= eps, held.distance <= eps
+            taken = torch.where(near == mine, other.value > held.value, near)
+        fields = zip(other, held)
+        held = Found(*(torch.where(wide(taken.to(new.device), new), new, old) for new, old in fields))
     return held._replace(calls=torch.stack([f.calls for f in found]).sum(0),
                          frozen=torch.stack([f.frozen for f in found]).any(0))
 
 
-def _typical(goal: Goal, x: Tensor, draws: int, share: float = 0.5) -> Tensor:
+def typical(goal: Goal, x: Tensor, draws: int, share: float = 0.5) -> Tensor:
     """The value (n,) that a share of fresh draws of a random model exceeds: 0.5 for the (lower) median."""
     # one pass over all draws: on small images much faster than one pass each
     many = replace(goal, labels=goal.labels.repeat(draws)).value(x.repeat(draws, *(1 for _ in x.shape[1:])))
@@ -222,7 +232,7 @@ def length(d: Tensor, norm: float) -> Tensor:
 
 def into_ball(x: Tensor, clean: Tensor, eps: float, norm: float) -> Tensor:
     """The nearest point to x in the ball around `clean`, then in the box [0, 1] (which keeps it in the ball)."""
-    d = x - clean
+    d, eps = x - clean, eps * (1 - SLACK)
     if norm == 2 and math.isfinite(eps):
         # d <- d min(1, eps/|d|)
         d = d * wide((eps / length(d, 2).clamp(min=1e-12)).clamp(max=1), d)

@@ -116,6 +116,30 @@ def settled(goal: Goal, draws: int = 8, seed: int = 0) -> Goal:
     return replace(goal, scores=scores, random=False, passes=draws * goal.passes)
 
 
+def decided(goal: Goal, draws: int = 10, seed: int = 0, share: float = 0.7) -> Goal:
+    """The goal of a random model as a decision that does not change: reached in nearly all of `draws` fixed draws.
+
+    The value is the one that a `share` of the draws exceeds, so an attack that sees nothing but decisions gains little
+    by fitting the noise of a single draw, as it would under the log-mean-exp of `settled`. Noise as there. A goal that
+    is not random is returned as it is.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+    if not goal.random:
+        return goal
+
+    def scores(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return goal.scores(x.repeat(draws, *(1 for _ in x.shape[1:]))).unflatten(0, (draws, len(x)))
+
+    def terms(z, y):
+        values = torch.stack([goal.terms(one, y).amin(1) for one in z])
+        return values.quantile(1 - share, dim=0, interpolation="lower")[:, None]
+
+    return replace(goal, scores=scores, terms=terms, climb=lambda z, y: terms(z, y)[:, 0], random=False)
+
+
 def _of_score(score, value, n: int, random: bool) -> Goal:
     """A goal about one number per image."""
     return Goal(lambda x: score(x)[:, None], lambda z, _: value(z), lambda z, _: value(z)[:, 0],

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.attacks.attack import Draws, length, wide
-from lib.attacks.goals import Goal, escape, settled
+from lib.attacks.goals import Goal, decided, escape, settled
 
 
 def boundary(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, start: Tensor, queries: int = 8000,
-             passes: int = 8, curve: list | None = None) -> Tensor:
+             passes: int = 10, curve: list | None = None) -> Tensor:
     """The boundary attack (Brendel et al. 2018, by foolbox): a walk along the boundary from images that reach the goal.
 
     It sees decisions only, whether the goal is reached, and returns the nearest image (L2) that it asked for and that
@@ -19,7 +19,7 @@ def boundary(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, sta
 
     start    (n, *shape), pixels in [0, 1]: where to start for each of the n images, all of which must be one batch
     queries  >= 16 decisions per image, all of them spent
-    passes   draws of a random model's noise that one decision averages, always the same ones (`settled`)
+    passes   draws of a random model's noise that one decision asks, always the same ones (`decided`)
     curve    a list, to which the L2 distance found so far is appended after every query, as (n,)
     """
     if norm != 2 or queries < 16 or start.shape != x.shape:
@@ -28,7 +28,7 @@ def boundary(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, sta
     from foolbox import PyTorchModel
     from foolbox.attacks import BoundaryAttack
 
-    walk = _Walk(settled(goal, passes), x)
+    walk = _Walk(decided(goal, passes), x)
     missed = int((~walk.ask(start)).sum())
     if missed:
         raise ValueError(f"start must reach the goal, but {missed} of {len(start)} images do not")

@@ -5,13 +5,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lib.attacks.attack import Draws, wide, into_ball, length, look
+from lib.attacks.attack import REDRAWS, Draws, into_ball, length, look, typical, wide
 from lib.attacks.goals import Goal
 
 
 def pgd(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, steps: int = 40, starts: int = 1,
         step: float | None = None, rule: str = "steepest") -> Tensor:
-    """Climb `goal.climb` inside the ball of radius `eps` (finite) and keep the best iterate by value.
+    """Climb `goal.climb` inside the ball of radius `eps` (finite) and keep the best iterate by value, clean image included.
 
     steps   >= 1 gradient steps from each start
     starts  the clean image, then starts - 1 random points of the ball
@@ -22,9 +22,10 @@ def pgd(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, steps: i
         raise ValueError("pgd needs a finite eps, steps >= 1, starts >= 1 and rule steepest or adam, got "
                          f"eps={eps}, steps={steps}, starts={starts}, rule={rule!r}")
     pace = eps * (2.5 / steps if step is None else step)
-    best, best_value = x, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    candidates = [x]
     for start in range(starts):
         here = x if start == 0 else into_ball(x + _in_ball(x, eps, norm, draw), x, eps, norm)
+        best, best_value = here, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         first = second = torch.zeros_like(x)
         for t in range(steps + 1):
             terms, gradient = look(goal, here)
@@ -39,7 +40,17 @@ def pgd(goal: Goal, x: Tensor, *, eps: float, norm: float, draw: Draws, steps: i
             else:
                 move = uphill(gradient, norm)
             here = into_ball(here + pace * move, x, eps, norm)
-    return best
+        # in a random model the best iterate is also the luckiest; the last one is not
+        candidates += [best, here] if goal.random else [best]
+    return _most(goal, candidates)
+
+
+@torch.no_grad()
+def _most(goal: Goal, candidates: list[Tensor]) -> Tensor:
+    """Per image the candidate of largest value, in a random model of the largest median over fresh draws."""
+    values = torch.stack([typical(goal, x, REDRAWS if goal.random else 1) for x in candidates])
+    images, chosen = torch.stack(candidates), values.argmax(0)
+    return images[chosen, torch.arange(len(chosen), device=chosen.device)]
 
 
 fgsm = partial(pgd, steps=1, step=1.0)
