@@ -264,3 +264,12 @@ def test_interrupt_is_told_in_one_line(project, monkeypatch, capsys):
     assert run.main(["book"]) == 130
     assert "kept" in capsys.readouterr().err
     shutil.rmtree(project / "_build", ignore_errors=True)
+
+
+def test_shares_stand_beside_percentages_in_one_unit(project, monkeypatch):
+    summary(project, ["seed"], [0, 1, 2, 3, 4])
+    assert run._accept_sweep("paper/page")
+    monkeypatch.setenv("REPRO_NOTEBOOK", "paper/page")
+    row = records.compare({"gain": 0.5}, {"gain": None}, scale=100).data.iloc[0]
+    # the recorded gains are 0 to 4: mean 2, half a 95 % t-interval 2.776 * 1.5811 / sqrt(5)
+    assert row["record"] == "200.00 ± 196.32 (n = 5)" and row["here"] == "50.00" and row["paper"] == ""
