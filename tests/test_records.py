@@ -1,4 +1,6 @@
 """The committed evidence: recorded sweeps are current and complete, and controls show no trend they may not show."""
+import itertools
+
 import pandas as pd
 import pytest
 
@@ -40,4 +42,6 @@ def test_no_trend_holds_under_a_control(name, control):
 def test_every_seed_differs(name):
     table, entries = by_seeds(name)
     real = table[table["control"] == "none"].drop_duplicates(["seed", "name"])
-    assert (real.groupby("name")["value"].nunique() > 1).mean() > .9     # five copies of one run are one run
+    runs = real.pivot(index="seed", columns="name", values="value").to_numpy()
+    for one, other in itertools.combinations(runs, 2):
+        assert (one == other).mean() < .5                                # five copies of one run are one run
