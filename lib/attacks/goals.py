@@ -95,25 +95,14 @@ def expected(goal: Goal, draws: int) -> Goal:
 
 
 def settled(goal: Goal, draws: int = 8, seed: int = 0) -> Goal:
-    """The goal of a random model with its noise held still, for attacks that only compare decisions.
+    """The goal of a random model with its noise held still, for attacks that take scores to be a function.
 
     The scores are the log-mean-exp over `draws` >= 1 passes, log 1/n sum_i exp z_i (nats), always with the noise of
     `seed`: a batch asked twice is answered alike, in another batch an image meets other noise. What such an attack
     finds must still be judged on fresh draws, as `attack` does. A goal that is not random is returned as it is.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, got {draws}")
-    if not goal.random:
-        return goal
-
-    def scores(x):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            # one pass over all draws: on small images two to three times faster than one pass each
-            z = goal.scores(x.repeat(draws, *(1 for _ in x.shape[1:])))
-        return z.unflatten(0, (draws, len(x))).logsumexp(0) - math.log(draws)
-
-    return replace(goal, scores=scores, random=False, passes=draws * goal.passes)
+    fixed = _fixed(goal, draws, seed)
+    return replace(fixed, scores=lambda x: fixed.scores(x).logsumexp(0) - math.log(draws)) if goal.random else goal
 
 
 def decided(goal: Goal, draws: int = 10, seed: int = 0, share: float = 0.7) -> Goal:
@@ -123,21 +112,28 @@ def decided(goal: Goal, draws: int = 10, seed: int = 0, share: float = 0.7) -> G
     by fitting the noise of a single draw, as it would under the log-mean-exp of `settled`. Noise as there. A goal that
     is not random is returned as it is.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, got {draws}")
-    if not goal.random:
-        return goal
-
-    def scores(x):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return goal.scores(x.repeat(draws, *(1 for _ in x.shape[1:]))).unflatten(0, (draws, len(x)))
+    fixed = _fixed(goal, draws, seed)
 
     def terms(z, y):
         values = torch.stack([goal.terms(one, y).amin(1) for one in z])
         return values.quantile(1 - share, dim=0, interpolation="lower")[:, None]
 
-    return replace(goal, scores=scores, terms=terms, climb=lambda z, y: terms(z, y)[:, 0], random=False)
+    return replace(fixed, terms=terms, climb=lambda z, y: terms(z, y)[:, 0]) if goal.random else goal
+
+
+def _fixed(goal: Goal, draws: int, seed: int) -> Goal:
+    """The goal with the scores (draws, n, C) of a random model under the noise of `seed`, the same at every call."""
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+
+    def scores(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # one pass over all draws: on small images two to three times faster than one pass each
+            z = goal.scores(x.repeat(draws, *(1 for _ in x.shape[1:])))
+        return z.unflatten(0, (draws, len(x)))
+
+    return replace(goal, scores=scores, random=False, passes=draws * goal.passes)
 
 
 def _of_score(score, value, n: int, random: bool) -> Goal:
