@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from lib.models import losses
-from lib.models.flow import Coupling, MultiScaleFlow, Steps
+from lib.models.flow import Coupling, Mixing, MultiScaleFlow, Steps
 from lib.models.glow import PADDING_SCALE, ConditionalGlow
 from lib.models.priors import ClassGaussian, SplitGaussian
 from lib.models.protocol import GenerativeClassifier, bits_per_dim, log_mean_exp
@@ -74,10 +74,46 @@ def test_multi_scale_flow_is_an_exact_bijection(shape, levels):
     assert_bijection(perturbed(MultiScaleFlow(shape, levels, 2, 8)), shape)
 
 
+@pytest.mark.parametrize("settings_", [dict(lu=True), dict(scale="tanh"), dict(lu=True, scale="tanh")])
+def test_variants_of_the_flow_are_exact_bijections(settings_):
+    assert_bijection(perturbed(MultiScaleFlow((2, 4, 4), 2, 2, 8, **settings_)), (2, 4, 4))
+
+
+def test_lu_starts_as_the_rotations_it_was_given_and_keeps_its_determinant():
+    """Both forms start from the same draw; W of the LU form has the determinant that it claims."""
+    torch.manual_seed(0)
+    plain = Mixing(6, 3, lu=False).double()
+    torch.manual_seed(0)
+    lu = Mixing(6, 3, lu=True).double()
+    torch.testing.assert_close(lu()[0], plain()[0], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        for parameter in lu.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    weight, log_det = lu()
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(weight).logabsdet.sum())
+    assert set(dict(lu.named_buffers())) == {"permutation", "sign"}     # fixed, not trained
+
+
+def test_bounded_scales_stay_within_a_factor_e():
+    coupling = perturbed(Coupling(4, 8, "tanh"), 5.0)
+    log_s, _ = coupling._log_scale_and_shift(10 * torch.randn(64, 2, 4, 4, dtype=torch.float64))
+    assert 0.9 < log_s.abs().max() <= 1
+
+
+def test_one_kept_channel_goes_through_the_same_network():
+    """The gathered neighbours are the convolution itself."""
+    coupling = perturbed(Coupling(2, 8), 0.5)
+    x = torch.randn(3, 1, 5, 4, dtype=torch.float64)
+    log_s, shift = coupling._log_scale_and_shift(x)
+    h, wanted = coupling.net(x).chunk(2, dim=1)
+    torch.testing.assert_close(shift, wanted)
+    torch.testing.assert_close(log_s, torch.nn.functional.logsigmoid(h + 2))
+
+
 def test_first_level_is_unsqueezed_and_split_halves_channels():
     flow = MultiScaleFlow((2, 32, 32), 4, 1, 8)  # the paper's MNIST: four levels on 32x32
     assert flow.shapes == [(2, 32, 32), (4, 16, 16), (8, 8, 8), (16, 4, 4)]
-    assert flow.levels[0].mixing.shape == (1, 2, 2)
+    assert flow.levels[0].mixing.weight.shape == (1, 2, 2)
 
 
 def test_latents_are_ordered_top_level_first():
@@ -85,9 +121,9 @@ def test_latents_are_ordered_top_level_first():
     flow = MultiScaleFlow((2, 2, 2), 2, 1, 4)
     with torch.no_grad():
         for level in flow.levels:
-            level.mixing.copy_(torch.eye(level.mixing.shape[-1]))
+            level.mixing.weight.copy_(torch.eye(level.mixing.weight.shape[-1]))
             level.couplings[0].net[-1].bias.zero_()
-            level.couplings[0].net[-1].bias[:level.mixing.shape[-1] // 2] = 40  # scale sigmoid(42) = 1
+            level.couplings[0].net[-1].bias[:level.mixing.weight.shape[-1] // 2] = 40  # scale sigmoid(42) = 1
     x = torch.arange(8.0).reshape(1, 2, 2, 2)
     z, log_det = flow(x)
     assert torch.equal(z, torch.arange(8.0)[None]) and log_det.abs().max() < 1e-6
@@ -370,7 +406,7 @@ def test_initialise_normalises_every_actnorm():
         std, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(mean, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
         torch.testing.assert_close(std, torch.ones(4, dtype=torch.float64))
-        x, _ = coupling(torch.einsum("ij,bjhw->bihw", steps.mixing[k], out))
+        x, _ = coupling(torch.einsum("ij,bjhw->bihw", steps.mixing.weight[k], out))
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -58,7 +58,7 @@ def copied(model, other):
         model.prior.log_scale.normal_(0, 0.1)
         for level, flows in zip(model.flow.levels, reversed(other.flows)):
             blocks = [flow for flow in flows if hasattr(flow, "flows")]
-            for mixing, block in zip(level.mixing, reversed(blocks)):
+            for mixing, block in zip(level.mixing.weight, reversed(blocks)):
                 p, lower, upper = torch.linalg.lu(mixing)
                 conv = block.flows[1]
                 conv.P.copy_(p), conv.L.copy_(lower), conv.U.copy_(upper.triu(1))
