@@ -29,6 +29,7 @@ from lib import checkpoint as checkpoints
 from lib.digest import digest, module_digests, syntax
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Adversary = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Interrupted(RuntimeError):
@@ -75,7 +76,8 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 
 def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int, batch: int = 64,
           lr: float = 1e-3, seed: int = 0, augment: Callable[[Tensor], Tensor] | None = None,
-          clip: float | None = None, ema: float | None = None, device: str = "cpu",
+          adversary: Adversary | None = None, hybrid: bool = False, clip: float | None = None,
+          ema: float | None = None, device: str = "cpu",
           precision: str = "32-true", checkpoint: str | Path | None = None, save_seconds: float = 30,
           max_minutes: float = math.inf) -> nn.Module:
     """Train `model` in place with Adam for `steps` steps and return it in eval mode, on `device`.
@@ -85,6 +87,8 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
                   replacement
     lr            initial learning rate, see `learning_rate`;  clip: largest gradient norm, None: no limit
     augment       images -> images, drawing from torch's global generator
+    adversary     (model, x, y) -> images to train on in place of x, found against the model as it stands
+    hybrid        train on x and the adversary's images, 1:1 in every batch (pope2020, Section 4)
     ema           decay in (0, 1) of an average of the weights, which the returned model then has; None: no
                   average
     device        "cpu", "cuda", "cuda:N" or "mps";  precision: as in lightning.fabric
@@ -94,21 +98,25 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
     max_minutes   wall time after which Interrupted is raised, the checkpoint written
 
     SIGINT and SIGTERM end the current step, write the checkpoint and are then delivered. Raises ValueError
-    for a checkpoint of another run or a damaged one (left untouched), FloatingPointError for a loss that is
-    not finite. Leaves torch's global generator as it was.
+    for a checkpoint of another run or a damaged one (left untouched), FloatingPointError for a loss or, with
+    `clip`, a gradient that is not finite. Leaves torch's global generator as it was.
     """
-    settings = dict(steps=steps, batch=batch, lr=lr, seed=seed, clip=clip, ema=ema, precision=precision)
+    settings = dict(steps=steps, batch=batch, lr=lr, seed=seed, clip=clip, ema=ema, precision=precision,
+                    hybrid=hybrid)
+    if hybrid and adversary is None:
+        raise ValueError("hybrid must be False without an adversary, got True")
     _check(settings, device, len(data[0]))
     _keep_freed_memory()
-    run = describe(model, loss, data, augment, settings)
+    run = describe(model, loss, data, augment, adversary, settings)
     deadline = time.monotonic() + 60 * max_minutes
-    path = None if checkpoint is None else _address(Path(checkpoint), run, (model, loss, augment))
+    callables = model, loss, augment, adversary
+    path = None if checkpoint is None else _address(Path(checkpoint), run, device, callables)
     with checkpoints.locked(path, deadline), torch.random.fork_rng():
-        _loop(model, loss, data, augment, settings, device, run, path, save_seconds, deadline)
+        _loop(model, loss, data, augment, adversary, settings, device, run, path, save_seconds, deadline)
     return model.eval()
 
 
-def _loop(model, loss, data, augment, settings, device, run, path, save_seconds, deadline):
+def _loop(model, loss, data, augment, adversary, settings, device, run, path, save_seconds, deadline):
     """The body of `train`: arguments checked, generator forked, checkpoint locked."""
     from lightning.fabric import Fabric  # takes seconds to import, and only training needs it
 
@@ -131,8 +139,11 @@ def _loop(model, loss, data, augment, settings, device, run, path, save_seconds,
         while step < steps and not stop:
             chosen = _batch(seed, step, len(images), settings["batch"]).to(images.device)
             _seed(seed, STEP, step)
-            x = augment(images[chosen]) if augment else images[chosen]
-            value = _update(fabric, objective, optimizer, average, x, labels[chosen], step, settings)
+            x, y = augment(images[chosen]) if augment else images[chosen], labels[chosen]
+            if adversary:
+                attacked = adversary(model, x, y).detach()
+                x, y = (torch.cat([x, attacked]), torch.cat([y, y])) if settings["hybrid"] else (attacked, y)
+            value = _update(fabric, objective, optimizer, average, x, y, step, settings)
             step += 1
             bar.update()
             bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
@@ -162,7 +173,10 @@ def _update(fabric, objective, optimizer, average, x, y, step, settings) -> floa
         raise FloatingPointError(f"loss is {value.item()} at step {step}; lower lr, or set clip")
     fabric.backward(value)
     if settings["clip"]:
-        fabric.clip_gradients(objective, optimizer, max_norm=settings["clip"])
+        norm = fabric.clip_gradients(objective, optimizer, max_norm=settings["clip"],
+                                     error_if_nonfinite=False)
+        if not norm.isfinite():
+            raise FloatingPointError(f"gradient is {norm.item()} at step {step}; lower lr")
     optimizer.step()
     optimizer.zero_grad()
     if average:
@@ -201,7 +215,8 @@ def _batch(seed: int, step: int, n: int, batch: int) -> Tensor:
 
 # --- what a run is ---------------------------------------------------------------------------------
 
-def describe(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], augment, settings: dict) -> dict:
+def describe(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], augment, adversary,
+             settings: dict) -> dict:
     """All that the result of a run depends on but the code, as plain values."""
     fingerprint = hashlib.sha256()
     for tensor in data[:2]:
@@ -210,7 +225,7 @@ def describe(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], augment, se
     architecture = {"class": _name(type(model)), **getattr(model, "config", {}),
                     "tensors": {name: list(t.shape) for name, t in model.state_dict().items()}}
     return {**settings, "model": architecture, "loss": _name(loss), "augment": augment and _name(augment),
-            "data": fingerprint.hexdigest()}
+            "adversary": adversary and _name(adversary), "data": fingerprint.hexdigest()}
 
 
 def _name(thing):
@@ -225,14 +240,20 @@ def _name(thing):
     return f"{name} {syntax(textwrap.dedent(inspect.getsource(thing)))}"
 
 
-def _address(path: Path, run: dict, callables) -> Path:
-    """The checkpoint: the file `path`, or in the folder `path` the digest of the run and its code."""
+def _address(path: Path, run: dict, device: str, callables) -> Path:
+    """The checkpoint: the file `path`, or in the folder `path` the digest of the run, its code and its arithmetic.
+
+    Sums on the CPU are ordered by the number of threads; a kept model must not depend on who trained it first.
+    """
     if path.suffix == ".safetensors":
         return path
     model, *functions = callables
     origins = [type(model), *(f.func if isinstance(f, partial) else f for f in functions if f)]
     modules = {"lib.train", *(o.__module__ for o in origins if o.__module__.startswith("lib."))}
-    return path / f"{digest({'run': run, 'code': module_digests(modules)})}.safetensors"
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    parts = {"run": run, "code": module_digests(modules),
+             "arithmetic": [torch.__version__, device.partition(":")[0], threads]}
+    return path / f"{digest(parts)}.safetensors"
 
 
 def cache_folder() -> Path:

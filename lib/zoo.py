@@ -1,12 +1,14 @@
 """The trained models that chapters share: a recipe for each data set, so that two pages meet the same model."""
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from lib.data import Data
 from lib.models import losses
 from lib.models.glow import ConditionalGlow
-from lib.train import random_crop, random_flip, trained
+from lib.train import Loss, random_crop, random_flip, trained
 
 # name -> (loss, prior) of the three models of fetaya2020, Section 4.1
 KINDS = {"Base": (losses.base, "gaussian"), "Reweight": (losses.reweight, "gaussian"), "Split": (losses.split, "split")}
@@ -29,32 +31,53 @@ def crop_and_flip(x: torch.Tensor, crop: int, flip: bool) -> torch.Tensor:
     return random_flip(x) if flip else x
 
 
-def conditional_flow(kind: str, data: Data, *, size: float = 1.0, control: str = "none", device: str = "cpu",
-                     seed: int = 0) -> ConditionalGlow:
-    """The conditional Glow `kind` (Base, Reweight or Split) trained on `data`, from the cache if it is there.
-
-    size     multiple of the recipe's training steps, > 0
-    control  "none"; "untrained": initialised only; "shuffled": trained on labels that tell nothing about the image
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+def check(control: str, size: float) -> None:
+    """Raise ValueError for a control or a size that no model of a zoo can be trained with."""
     if control not in CONTROLS:
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
     if not size > 0:
         raise ValueError(f"size must be > 0, got {size}")
-    loss, prior = KINDS[kind]
-    recipe = RECIPES.get(data.name, RECIPES["cifar10"] if max(data.shape[1:]) > 16 else RECIPES["photos"])
-    architecture = {k: recipe[k] for k in ("levels", "depth", "width")}
-    build = partial(ConditionalGlow, data.shape, len(data.classes), grey_levels=data.levels, prior=prior, **architecture)
+
+
+def recipe_of(recipes: dict[str, dict], data: Data) -> dict:
+    """The recipe of `data`, or for a data set without one that of its size: photos, or beyond 16 pixels cifar10."""
+    return recipes.get(data.name, recipes["cifar10" if max(data.shape[1:]) > 16 else "photos"])
+
+
+def fit(build: Callable[[], nn.Module], loss: Loss, data: Data, recipe: dict, *, size: float, control: str,
+        device: str, seed: int, **settings) -> nn.Module:
+    """The model `build()` trained on `data` by `recipe`, from the cache if it is there.
+
+    size      multiple of the recipe's training steps, > 0
+    control   "none"; "untrained": initialised only; "shuffled": trained on labels that tell nothing about the image
+    settings  of `lib.train.train`, beside and over those of the recipe
+    """
+    check(control, size)
     images, labels = data.train.images, data.train.labels
     if control == "untrained":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build()
-            model.initialise(images[torch.randperm(len(images))[:1024]])
+            if hasattr(model, "initialise"):
+                model.initialise(images[torch.randperm(len(images))[:1024]])
         return model.to(device).eval()
     if control == "shuffled":
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    augment = partial(crop_and_flip, crop=recipe["crop"], flip=recipe["flip"])
-    return trained(build, loss, (images, labels), seed=seed, steps=max(1, round(size * recipe["steps"])),
-                   device=device, augment=augment, **{k: recipe[k] for k in ("batch", "lr", "clip")})
+    settings = {k: recipe.get(k) for k in ("batch", "lr", "clip")} | settings
+    return trained(build, loss, (images, labels), seed=seed, steps=max(1, round(size * recipe["steps"])), device=device,
+                   augment=partial(crop_and_flip, crop=recipe["crop"], flip=recipe["flip"]), **settings)
+
+
+def conditional_flow(kind: str, data: Data, *, loss: Loss | None = None, size: float = 1.0, control: str = "none",
+                     device: str = "cpu", seed: int = 0) -> ConditionalGlow:
+    """The conditional Glow `kind` (Base, Reweight or Split) trained on `data`; `size` and `control` as in `fit`.
+
+    loss  (model, x, y) -> scalar in place of the kind's own
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    own, prior = KINDS[kind]
+    recipe = recipe_of(RECIPES, data)
+    architecture = {k: recipe[k] for k in ("levels", "depth", "width")}
+    build = partial(ConditionalGlow, data.shape, len(data.classes), grey_levels=data.levels, prior=prior, **architecture)
+    return fit(build, loss or own, data, recipe, size=size, control=control, device=device, seed=seed)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import zoo_pixelcnn
+from lib import zoo, zoo_pixelcnn
 from lib.data import load
 from lib.models.pixelcnn import MIN_LOG_SCALE, ConditionalPixelCNN, log_mass, weighted
 from lib.models.protocol import bits_per_dim
@@ -258,7 +258,7 @@ def test_the_zoo_trains_on_labels_or_shuffled_ones_or_not_at_all(tmp_path, monke
     data = load("digits")
     x = data.test.images[:8]
     make = partial(zoo_pixelcnn.conditional_pixelcnn, 1.0, data, size=1e-6)
-    scores = {control: make(control=control)(x) for control in zoo_pixelcnn.CONTROLS}
+    scores = {control: make(control=control)(x) for control in zoo.CONTROLS}
     assert all(not torch.equal(*pair) for pair in itertools.combinations(scores.values(), 2))
     assert not torch.equal(scores["none"], make(seed=1)(x))
     for changes, message in [(dict(size=0), "size must be > 0, got 0"),

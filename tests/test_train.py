@@ -125,6 +125,64 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         train(build(), diverging, data(), steps=2, batch=8)
 
 
+def exploding(model, x, y):
+    """A finite loss whose gradient is none: sqrt at zero."""
+    return (model(x) * 0).sum().abs().sqrt()
+
+
+def test_a_gradient_that_is_not_finite_stops_a_clipped_run():
+    with pytest.raises(FloatingPointError, match=r"gradient is nan at step 0; lower lr"):
+        train(build(), exploding, data(), steps=2, batch=8, clip=1.0)
+
+
+class Seen(torch.nn.Module):
+    """A model that keeps the batches it is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.batches = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, x, y):
+        self.batches.append((x, y))
+        return (x.mean((1, 2, 3)) * self.weight).mean()
+
+
+def seen(model, x, y):
+    return model(x, y)
+
+
+def brighter(model, x, y):
+    """An adversary that needs no gradient."""
+    return x + 1
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_adversarial_batches_hold_what_the_adversary_finds(hybrid):
+    plain, other = Seen(), Seen()
+    train(plain, seen, data(), steps=3, batch=8, seed=1)
+    train(other, seen, data(), steps=3, batch=8, seed=1, adversary=brighter, hybrid=hybrid)
+    for (x, y), (images, labels) in zip(plain.batches, other.batches, strict=True):
+        assert torch.equal(images, torch.cat([x, x + 1]) if hybrid else x + 1)
+        assert torch.equal(labels, torch.cat([y, y]) if hybrid else y)
+
+
+def climbing(model, x, y):
+    """One step of gradient ascent on -log p(x), the model as it stands."""
+    x = x.clone().requires_grad_()
+    gradient, = torch.autograd.grad(-model.log_prob(x).sum(), x)
+    return (x.detach() + 0.1 * gradient.sign()).clamp(0, 1)
+
+
+def test_an_adversary_meets_the_model_of_its_step_and_resumes(tmp_path):
+    run = {**RUN, "adversary": climbing, "hybrid": True}
+    whole = train(build(), losses.reweight, data(), **run)
+    assert not same(whole, train(build(), losses.reweight, data(), **RUN))
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(Stop):
+        train(build(), stopping_loss(5), data(), checkpoint=path, save_seconds=0, **run)
+    assert same(train(fresh(path), losses.reweight, data(), checkpoint=path, **run), whole)
+
+
 def test_augmentations():
     x = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(200, 1, 1, 1)
     torch.manual_seed(0)
@@ -288,6 +346,7 @@ def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, target,
     (dict(lr=0.5), "lr is 0.01 there and 0.5 here"), (dict(steps=9), "steps is 8 there and 9 here"),
     (dict(loss=losses.base), "loss is 'lib.models.losses.reweight' there and 'lib.models.losses.base' here"),
     (dict(data=data(31)), "data is"), (dict(augment=None), "augment is .* and None here"),
+    (dict(adversary=brighter), "adversary is None there"),
 ])
 def test_checkpoint_of_another_run_is_refused_and_kept(tmp_path, change, message):
     path = tmp_path / "m.safetensors"
@@ -340,21 +399,35 @@ def test_trained_models_are_found_again(tmp_path, monkeypatch):
     assert same(trained(BUILD, losses.base, data(), steps=2, batch=8), first)
     files = list((tmp_path / "models").glob("*.safetensors"))
     assert len(files) == 1
-    for change in (dict(seed=1), dict(lr=0.1), dict(augment=random_flip), dict(ema=0.5)):
+    for change in (dict(seed=1), dict(lr=0.1), dict(augment=random_flip), dict(ema=0.5),
+                   dict(adversary=brighter), dict(adversary=brighter, hybrid=True)):
         trained(BUILD, losses.base, data(), steps=2, batch=8, **change)
     trained(BUILD, losses.reweight, data(), steps=2, batch=8)
     trained(partial(BUILD, prior="split"), losses.base, data(), steps=2, batch=8)
-    assert len(list((tmp_path / "models").glob("*.safetensors"))) == 7
+    assert len(list((tmp_path / "models").glob("*.safetensors"))) == 9
+
+
+def test_another_number_of_threads_is_another_address(tmp_path):
+    """Sums over threads round differently, so a kept model of two threads is not that of one."""
+    callables, threads = (build(), losses.base), torch.get_num_threads()
+    try:
+        found = {}
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found[n] = [training._address(tmp_path, {}, device, callables) for device in ("cpu", "cuda")]
+    finally:
+        torch.set_num_threads(threads)
+    assert found[1][0] != found[2][0] and found[1][1] == found[2][1] != found[1][0]
 
 
 def test_an_edit_of_the_model_s_code_makes_a_new_address(tmp_path, monkeypatch):
     digests = {"lib.models.glow": "a"}
     monkeypatch.setattr(training, "module_digests", lambda modules: digests | {"asked": sorted(modules)})
     callables = (build(), losses.base, partial(random_crop, padding=1))
-    before = training._address(tmp_path, {}, callables)
-    assert training._address(tmp_path, {}, callables) == before
+    before = training._address(tmp_path, {}, "cpu", callables)
+    assert training._address(tmp_path, {}, "cpu", callables) == before
     digests["lib.models.glow"] = "b"
-    assert training._address(tmp_path, {}, callables) != before
+    assert training._address(tmp_path, {}, "cpu", callables) != before
 
 
 def test_functions_outside_lib_count_by_their_code():
@@ -371,6 +444,7 @@ def test_functions_outside_lib_count_by_their_code():
     (dict(batch=31), r"batch must be at most the number of images \(30\), got 31"),
     (dict(lr=0.0), "lr must be > 0, got 0.0"), (dict(seed=-1), "seed must be an integer >= 0, got -1"),
     (dict(ema=1.0), r"ema must be in \(0, 1\), got 1.0"), (dict(clip=-1.0), "clip must be > 0, got -1.0"),
+    (dict(hybrid=True), "hybrid must be False without an adversary, got True"),
     (dict(device="tpu"), "device must be one of cpu.* got 'tpu'"),
 ])
 def test_bad_arguments_get_one_clear_line(change, message):
