@@ -82,9 +82,11 @@ def load(name: str, seed: int = 0) -> Data:
         return _bg_digits(name, seed)
     if name in DOWNLOADS:
         return _downloaded(name)
+    if name in SCENES:
+        return _scenes(name)
     if str(name).startswith("folder:"):
         return _folder(name)
-    known = ", ".join(["digits", "photos", *BLUR, *DOWNLOADS])
+    known = ", ".join(["digits", "photos", *BLUR, *DOWNLOADS, *SCENES])
     raise ValueError(f"data must be one of {known}, folder:PATH; got {name!r}")
 
 
@@ -277,6 +279,51 @@ def _downloaded(name: str) -> Data:
     return Data(name, part(train, 0, kept), part(train, kept, n), part(test, 0, len(test)), classes, 256)
 
 
+# Larger photographs of one kind each, for densities without classes (pope2020): side in pixels, images of each
+# part. The paper prints neither its size nor its split but for the 1,200 test images of LSUN.
+SIDE, COUNTS = 64, (20_000, 1_200, 1_200)
+SCENES = {"celeba": ("CelebA", "celeba", 1400), "lsun": ("LSUN", "lsun/bedroom_train_lmdb", 43_000)}
+
+
+def _scenes(name: str) -> Data:
+    """CelebA or LSUN Bedroom through torchvision: the first images in stored order, the middle square at 64x64.
+
+    torchvision fetches CelebA from a file host with a quota and LSUN not at all; LSUN needs `lmdb` as well.
+    """
+    from torchvision import datasets
+
+    source, folder, megabytes = SCENES[name]
+    root = cache_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if name == "celeba":
+            images = datasets.CelebA(root, split="all", target_type=[], download=True)
+        elif not (root / folder).exists():
+            raise FileNotFoundError("torchvision does not fetch it")
+        else:
+            images = datasets.LSUN(root / "lsun", classes=["bedroom_train"])
+    except (OSError, RuntimeError, HTTPException, ImportError) as error:
+        raise FileNotFoundError(f"data {name!r} could not be had ({megabytes} MB); unpack torchvision's {source} to "
+                                f"{root / folder} ({' '.join(str(error).split())})") from error
+    if len(images) < sum(COUNTS):
+        raise ValueError(f"data {name!r} needs at least {sum(COUNTS)} images, found {len(images)}: {root / folder}")
+
+    def part(start: int, stop: int) -> Split:
+        codes = np.stack([np.asarray(_middle(images[i][0])) for i in range(start, stop)]).transpose(0, 3, 1, 2)
+        return _split(codes, 256, np.zeros(stop - start))
+
+    ends = np.cumsum((0, *COUNTS)).tolist()
+    return Data(name, *(part(a, b) for a, b in zip(ends, ends[1:])), (name,), 256)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle square of a photograph, at SIDE x SIDE pixels."""
+    width, height = image.size
+    left, top = (width - min(width, height)) // 2, (height - min(width, height)) // 2
+    box = (left, top, left + min(width, height), top + min(width, height))
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box)
+
+
 # --- images in a folder -------------------------------------------------------------------------------
 
 def _folder(name: str) -> Data:
@@ -359,5 +406,9 @@ def catalogue() -> list[dict]:
         here = any(all((folder / file).exists() for file in files) for files in (d.files, d.unpacked))
         where = str(folder) if here else f"needs download ({d.megabytes} MB) to {folder}"
         rows.append((name, d.counts, d.shape, 256, d.classes, f"torchvision.datasets.{d.source}", where))
+    for name, (source, folder, megabytes) in SCENES.items():
+        where = str(cache_folder() / folder)
+        where = where if Path(where).exists() else f"needs {megabytes} MB in {where}"
+        rows.append((name, COUNTS, (3, SIDE, SIDE), 256, 1, f"torchvision.datasets.{source}", where))
     keys = ("name", "images", "size", "levels", "classes", "source", "where")
     return [dict(zip(keys, row)) for row in rows]

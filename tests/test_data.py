@@ -227,6 +227,40 @@ def test_channels_come_first(offline, monkeypatch, name, source):
     assert len(d.validation.images) == 2 and d.validation.labels.tolist() == [8, 9]
 
 
+@pytest.mark.parametrize("name", data.SCENES)
+def test_scenes_that_cannot_be_had_say_why_and_where_to_put_them(offline, name, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("quota\nexceeded")
+    monkeypatch.setattr(datasets, "CelebA", refuse)
+    with pytest.raises(FileNotFoundError, match="could not be had") as error:
+        load(name)
+    message = str(error.value)
+    assert name in message and str(offline / data.SCENES[name][1]) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name, source", [("celeba", "CelebA"), ("lsun", "LSUN")])
+def test_scenes_are_the_middle_square_of_one_class(offline, monkeypatch, name, source):
+    from torchvision import datasets
+    (offline / data.SCENES[name][1]).mkdir(parents=True)
+    wide = Image.new("RGB", (256, 128), "blue")
+    wide.paste((255, 0, 0), (64, 0, 192, 128))
+
+    class Stub(list):
+        def __init__(self, root, **choice):
+            super().__init__([(wide, 0)] * 9)
+
+    monkeypatch.setattr(datasets, source, Stub)
+    with pytest.raises(ValueError, match=f"data '{name}' needs at least 22400 images, found 9"):
+        load(name)
+    monkeypatch.setattr(data, "COUNTS", (4, 3, 2))
+    d = load(name)
+    assert [len(getattr(d, p).images) for p in PARTS] == [4, 3, 2] and d.shape == (3, 64, 64)
+    assert d.classes == (name,) and not d.test.labels.any()
+    assert (d.test.images[:, 0] == 1).all() and not d.test.images[:, 1:].any()     # red only: no blue margin
+
+
 def test_catalogue_downloads_nothing(offline):
     rows = catalogue()
     assert not offline.exists()
