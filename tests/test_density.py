@@ -7,7 +7,7 @@ import torch
 from test_models import assert_bijection, perturbed
 
 from lib.models import density
-from lib.models.density import FlowDensity, nll
+from lib.models.density import FlowDensity, cost_by_part, nll
 from lib.models.protocol import bits_per_dim
 from lib.models.realnvp import MaskedCoupling, RealNVPFlow
 
@@ -115,12 +115,45 @@ def test_samples_lie_on_the_grid_and_temperature_zero_is_one_image():
     assert torch.equal(still[0], still[1]) and torch.equal(still[0], still[2])
 
 
+def test_other_rotations_change_nothing_else():
+    models = []
+    for rotations in (None, 1, 1, 2):
+        torch.manual_seed(0)
+        models.append(dict(FlowDensity(**SMALL, rotations=rotations).state_dict()))
+    plain, one, same, two = models
+    for name, value in plain.items():
+        assert torch.equal(one[name], same[name])
+        assert torch.equal(value, one[name]) != name.endswith("mixing.weight"), name
+        assert torch.equal(one[name], two[name]) != name.endswith("mixing.weight"), name
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_parts_of_a_cost_add_up_to_it(levels):
+    model = perturbed(FlowDensity((1, 4, 4), grey_levels=17, levels=levels, depth=2, width=6))
+    x, noise = torch.rand(2, 3, 1, 4, 4, dtype=torch.float64)
+    parts = cost_by_part(model, x, noise)
+    assert len(parts) == 2 * levels and not model.flow.levels[0]._forward_hooks
+    torch.testing.assert_close(sum(parts.values()), -model.log_prob(x, noise))
+
+
+def test_parts_name_the_level_that_pays():
+    """Latents of the lowest level moved away from their mean make that level's latents dearer, nothing else."""
+    model = perturbed(FlowDensity((1, 4, 4), grey_levels=17, levels=2, depth=2, width=6))
+    x, noise = torch.rand(2, 3, 1, 4, 4, dtype=torch.float64)
+    before = cost_by_part(model, x, noise)
+    with torch.no_grad():
+        model.prior.mean[:, 8:] += 100      # the top level's 8 coordinates come first
+    after = cost_by_part(model, x, noise)
+    moved = {name for name in before if not torch.allclose(before[name], after[name])}
+    assert moved == {"latents, level 1"}
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(family="vae"), "family must be one of glow, realnvp, got 'vae'"),
     (dict(scale="exp"), "scale must be one of sigmoid, tanh, got 'exp'"),
     (dict(shape=(1, 5, 4)), "shape must have even height and width, got 5x4"),
     (dict(levels=3, shape=(1, 4, 4)), "levels must leave whole pixels"),
-    (dict(family="realnvp", lu=True), "lu and scale are Glow's and must be left alone for realnvp"),
+    (dict(family="realnvp", lu=True), "lu, scale and rotations are Glow's and must be left alone for realnvp"),
     (dict(depth=0), "depth must be >= 1, got 0"),
 ])
 def test_bad_arguments_get_one_clear_line(change, message):

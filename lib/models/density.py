@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib.models.flow import LOG_SCALES, MultiScaleFlow
-from lib.models.priors import ClassGaussian
+from lib.models.flow import LOG_SCALES, Mixing, MultiScaleFlow
+from lib.models.priors import LOG_2PI, ClassGaussian
 from lib.models.protocol import GenerativeClassifier
 from lib.models.realnvp import RealNVPFlow
 
@@ -24,6 +24,7 @@ class FlowDensity(GenerativeClassifier):
     family       "glow": squeeze first, as in its reference implementation; "realnvp"
     levels       resolutions;  depth: steps per level (RealNVP: couplings of each kind);  width: hidden channels
     lu, scale    Glow's 1x1 convolution by its LU factors; its scales sigmoid or bounded, see `lib.models.flow`
+    rotations    seed from which Glow's initial 1x1 convolutions are drawn, all other weights left as they are
 
     Input x in [0, 1]. The network sees v - 1/2 (RealNVP: the logit of v squeezed away from 0 and 1), where
     v = ((L-1) x + u)/L, u ~ U[0,1)^D, is the dequantised image; all log-densities are those of v on the unit
@@ -34,10 +35,11 @@ class FlowDensity(GenerativeClassifier):
     classes = 1
 
     def __init__(self, shape: tuple[int, int, int], *, grey_levels: int = 256, family: str = "glow", levels: int = 2,
-                 depth: int = 4, width: int = 32, lu: bool = False, scale: str = "sigmoid") -> None:
+                 depth: int = 4, width: int = 32, lu: bool = False, scale: str = "sigmoid",
+                 rotations: int | None = None) -> None:
         super().__init__()
         self.config = dict(shape=list(shape), grey_levels=grey_levels, family=family, levels=levels, depth=depth,
-                           width=width, lu=lu, scale=scale)
+                           width=width, lu=lu, scale=scale, rotations=rotations)
         for name, least in dict(grey_levels=2, levels=1, depth=1, width=1).items():
             if self.config[name] < least:
                 raise ValueError(f"{name} must be >= {least}, got {self.config[name]}")
@@ -48,13 +50,19 @@ class FlowDensity(GenerativeClassifier):
         channels, height, width_px = self.shape = tuple(shape)
         self.grey_levels, self.family = grey_levels, family
         if family == "realnvp":
-            if lu or scale != "sigmoid":
-                raise ValueError(f"lu and scale are Glow's and must be left alone for realnvp, got {lu} and {scale!r}")
+            if lu or scale != "sigmoid" or rotations is not None:
+                raise ValueError("lu, scale and rotations are Glow's and must be left alone for realnvp, "
+                                 f"got {lu}, {scale!r} and {rotations}")
             self.flow: nn.Module = RealNVPFlow(self.shape, levels, depth, width)
         else:
             if height % 2 or width_px % 2:
                 raise ValueError(f"shape must have even height and width, got {height}x{width_px}")
             self.flow = MultiScaleFlow((4 * channels, height // 2, width_px // 2), levels, depth, width, lu, scale)
+            if rotations is not None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(rotations)
+                    for level in self.flow.levels:
+                        level.mixing = Mixing(level.log_scale.shape[1], depth, lu)
         self.prior = ClassGaussian(1, self.dimension)
         self.register_buffer("initialised", torch.tensor(False))
         self.to(memory_format=torch.channels_last)
@@ -117,3 +125,29 @@ class FlowDensity(GenerativeClassifier):
 def nll(model: FlowDensity, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """-log p(x)/D, nats; labels are not looked at (pope2020, Eq. 6 and Section 4)."""
     return -model.log_prob(x).mean() / model.dimension
+
+
+@torch.no_grad()
+def cost_by_part(model: FlowDensity, x: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """-log p(x) of a Glow split by what pays it: {part: (batch,)}, nats, adding up to the whole.
+
+    For each level, lowest first: the volume its steps change, and the price of the latents that leave it. The parts
+    tell where an attacked image becomes dear; volume counts as minus log|det|.
+    """
+    volumes, hooks = [], []
+    for level in model.flow.levels:
+        hooks.append(level.register_forward_hook(lambda _, __, out: volumes.append(-out[1])))
+    try:
+        z, _ = model.encode(x, noise)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # -log N(z; mu, s^2), coordinate by coordinate
+    u = (z - model.prior.mean) * (-model.prior.log_scale).exp()
+    price = 0.5 * u.square() + model.prior.log_scale + 0.5 * LOG_2PI
+    sizes = [math.prod(shape) for shape in model.flow.shapes]
+    # the top level's whole output comes first, then what left each lower one
+    blocks = price.split([sizes[-1], *reversed(sizes[1:])], dim=1)
+    latents = [block.sum(1) for block in reversed(blocks)]
+    return {f"{what}, level {i}": part for i, pair in enumerate(zip(volumes, latents), 1)
+            for what, part in zip(("volume", "latents"), pair)}
