@@ -6,6 +6,9 @@ import pytest
 import torch
 from test_models import assert_bijection, perturbed
 
+from lib import zoo_density
+from lib.attacks.in_training import raise_nll
+from lib.data import load
 from lib.models import density
 from lib.models.density import FlowDensity, cost_by_part, nll
 from lib.models.protocol import bits_per_dim
@@ -146,6 +149,52 @@ def test_parts_name_the_level_that_pays():
     after = cost_by_part(model, x, noise)
     moved = {name for name in before if not torch.allclose(before[name], after[name])}
     assert moved == {"latents, level 1"}
+
+
+class Bowl(torch.nn.Module):
+    """log p(x) = -|x - 1/2|^2: known best pushes; a gradient that is no number where `broken`."""
+
+    def __init__(self, broken=False):
+        super().__init__()
+        self.broken = broken
+
+    def score(self, x):
+        value = -(x - 0.5).square().flatten(1).sum(1)
+        return value * (x.sum((1, 2, 3)) * 0).sqrt() if self.broken else value
+
+
+def test_the_attack_of_training_goes_to_the_corner_of_the_ball():
+    x = 0.5 + 0.1 * torch.rand(4, 1, 2, 2)
+    found = raise_nll(Bowl(), x, torch.zeros(4), eps=0.1, steps=10)
+    torch.testing.assert_close(found, x + 0.1, rtol=0, atol=1e-5)
+    edge = raise_nll(Bowl(), torch.full((1, 1, 2, 2), 0.97), torch.zeros(1), eps=0.1, steps=3)
+    assert torch.equal(edge, torch.ones_like(edge))
+
+
+def test_the_attack_of_training_leaves_an_image_without_a_gradient_alone():
+    x = torch.rand(2, 1, 2, 2)
+    assert torch.equal(raise_nll(Bowl(broken=True), x, torch.zeros(2), eps=0.1, steps=3), x)
+    with pytest.raises(ValueError, match="eps > 0 .* and steps >= 1, got eps=0, steps=3"):
+        raise_nll(Bowl(), x, torch.zeros(2), eps=0, steps=3)
+
+
+def test_adversarial_training_lowers_the_cost_of_attacked_images(tmp_path, monkeypatch):
+    """After forty steps on digits, what was trained on pushed images pays less for them than what was not."""
+    monkeypatch.setenv("REPRO_CACHE", str(tmp_path))
+    monkeypatch.setitem(zoo_density.RECIPES, "digits", zoo_density.SMALL | dict(steps=40, depth=2, width=8))
+    data, paid = load("digits"), {}
+    x = data.test.images[:64]
+    for training in zoo_density.TRAININGS:
+        model = zoo_density.density(training, data)
+        pushed = raise_nll(model, x, None, eps=2 / 16, steps=10)
+        torch.manual_seed(0)
+        paid[training] = nll(model, pushed, None).item(), nll(model, x, None).item()
+    assert paid["adversarial"][0] < paid["clean"][0] and paid["hybrid"][0] < paid["clean"][0]
+    assert paid["clean"][1] < paid["adversarial"][1]
+    for changes, message in [(dict(training="robust"), "training must be one of clean, adversarial, hybrid"),
+                             (dict(training="clean", control="shuffled"), "control must be one of none, untrained")]:
+        with pytest.raises(ValueError, match=message):
+            zoo_density.density(data=data, **changes)
 
 
 @pytest.mark.parametrize("change, message", [
