@@ -254,7 +254,7 @@ def show_verdicts():
     """The verdicts of all that this kernel has settled, for the end of a page."""
     name = claims.notebook_name()
     settled = {key: result for stored in claims.settled for key, result in stored.items()}
-    if name.endswith("/"):            # nbval and Jupyter do not tell the topic: find the page that settles these claims
+    if name.endswith("/") and settled:      # nbval and Jupyter do not tell the topic: find the page that settles these claims
         name = next((n for n in notebooks() if n.startswith(name) and
                      any(f'"{next(iter(settled)).partition("/")[2]}"' in "".join(c["source"])
                          for c in read(path("source", n))["cells"])), name)
