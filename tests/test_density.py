@@ -48,13 +48,18 @@ def test_realnvp_is_an_exact_bijection(shape, levels):
 
 
 def test_initialise_normalises_the_input_of_every_coupling():
-    flow = RealNVPFlow((1, 4, 4), 2, 2, 6).double()
-    x = 5 + 3 * torch.randn(256, 1, 4, 4, dtype=torch.float64)
+    flow = perturbed(RealNVPFlow((1, 4, 4), 2, 2, 6))
+    x, seen = 5 + 3 * torch.randn(256, 1, 4, 4, dtype=torch.float64), []
     flow.initialise(x)
-    first = flow.spatial[0][0]
-    out = first.log_scale.exp() * x + first.shift
-    torch.testing.assert_close(out.mean(), torch.tensor(0.0, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(out.std(correction=0), torch.tensor(1.0, dtype=torch.float64))
+    couplings = [coupling for level in (*flow.spatial, *flow.channel) for coupling in level]
+    for coupling in couplings:
+        coupling.register_forward_pre_hook(lambda c, given: seen.append(c.log_scale.exp() * given[0] + c.shift))
+    flow(x)
+    assert len(seen) == len(couplings) == 7
+    for out in seen:
+        std, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-9, rtol=0)
+        torch.testing.assert_close(std, torch.ones_like(std))
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(lu=True), dict(scale="tanh"), dict(family="realnvp")])
