@@ -219,12 +219,18 @@ def times_table(runs, full=False):
         for (name, _), m in runs.items()])
 
 
+def records_table():
+    """What was recorded: sweeps over training runs and full-size runs, what each cost, and whether it is current."""
+    return table(["page", "record"], [[f"[](../notebooks/{name}.ipynb)", line] for name in records.notebooks()
+                                      for line in records.behind(name)])
+
+
 def status_page(runs, flips):
-    """Executions, versions, and verdicts that differ from the accepted ones."""
+    """Executions, records, versions, and verdicts that differ from the accepted ones."""
     installed = table(["package", "version"],
                       [["Python", platform.python_version()], *([p, version(p)] for p in PACKAGES)])
     differ = "\n".join(f"- {md(line)}" for line in flips[:50]) or "None: this build says what was accepted."
-    return f"## Pages\n\n{times_table(runs, full=True)}\n## Versions\n\n{installed}\n" \
+    return f"## Pages\n\n{times_table(runs, full=True)}\n## Records\n\n{records_table() or 'None yet.'}\n## Versions\n\n{installed}\n" \
            f"## Verdicts that differ from the accepted ones ({len(flips)})\n\n{differ}\n"
 
 

@@ -3,8 +3,11 @@
 Colours are Okabe and Ito's palette, which readers with any of the common colour deficiencies can tell apart.
 Lines, text and ticks are a mid grey that reads on a white and on a dark page; figures are transparent.
 """
+import math
+
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.ticker import NullLocator
 
 INK = "#6b7280"          # text and axes, contrast above 4.5 on white and above 3.5 on the dark page
 COLOURS = {"Base": "#0072B2", "Reweight": "#D55E00", "Split": "#009E73", "SDIM": "#CC79A7", "PixelCNN++": "#E69F00",
@@ -39,3 +42,12 @@ def band(ax, x, mid, low, high, colour, label=None):
     """A curve with its interval as a band."""
     ax.plot(x, mid, color=colour, label=label)
     ax.fill_between(x, low, high, color=colour, alpha=.2, linewidth=0)
+
+
+def plain_log(axis):
+    """Ticks of a finished logarithmic axis as plain numbers, at 1, 2 and 5 times the powers of ten in view."""
+    low, high = axis.get_view_interval()
+    ticks = [digit * 10.0 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_minor_locator(NullLocator())

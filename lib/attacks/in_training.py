@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from lib.attacks.attack import into_ball, look
+from lib.attacks.attack import into_ball, look, wide
 from lib.attacks.goals import unlikely
 from lib.attacks.pgd import uphill
 
@@ -19,6 +19,7 @@ def raise_nll(model, x: torch.Tensor, y: torch.Tensor, *, eps: float, steps: int
     goal, here = unlikely(model.score, 0.0, len(x), random=True), x
     for _ in range(steps):
         _, gradient = look(goal, here)
+        gradient = gradient.masked_fill(wide(~gradient.flatten(1).isfinite().all(1), gradient), 0)
         # x <- Proj(x + a sign(grad NLL))
-        here = into_ball(here + 2.5 * eps / steps * uphill(gradient.nan_to_num(), math.inf), x, eps, math.inf)
+        here = into_ball(here + 2.5 * eps / steps * uphill(gradient, math.inf), x, eps, math.inf)
     return here
