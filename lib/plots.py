@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.ticker import NullLocator
 
 INK = "#6b7280"          # text and axes, contrast above 4.5 on white and above 3.5 on the dark page
-COLOURS = {"Base": "#0072B2", "Reweight": "#D55E00", "Split": "#009E73", "SDIM": "#CC79A7", "PixelCNN++": "#E69F00",
+COLOURS = {"Base": "#0072B2", "Reweight": "#D55E00", "Split": "#009E73", "SDIM": "#CC79A7", "Twin": "#6b7280", "PixelCNN++": "#E69F00",
            "clean": "#0072B2", "adversarial": "#D55E00", "hybrid": "#009E73"}
 CLASSES = ("#0072B2", "#D55E00", "#009E73")      # class 0, class 1, and a third region where a figure needs one
 SHADES = ("#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#6b7280")    # lines without a model

@@ -20,6 +20,8 @@ from lib.cost import told
 from lib.digest import digest, module_digests, modules_of, syntax
 from lib.parameters import parameters
 
+KEPT_MIME = "application/vnd.repro.kept+json"
+KEPT = "beyond"        # what the column `claim` of a recorded sweep says of numbers that no claim asks for
 VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image")
 
 
@@ -189,6 +191,32 @@ def behind(name):
             for head, m, stale in found]
 
 
+def keep(numbers):
+    """Store {name: number} in the cell's output, for a recorded sweep: what a page measures that no paper claims."""
+    from IPython.display import display
+    display({KEPT_MIME: claims.finite({key: float(value) for key, value in numbers.items()}),
+             "text/plain": f"{len(numbers)} numbers kept"}, raw=True)
+
+
+def kept(notebook):
+    """{name: number} of all that an executed notebook (a dict or a path) has kept."""
+    notebook = notebook if isinstance(notebook, dict) else read(notebook)
+    found = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            found |= {key: float(value) for key, value in output.get("data", {}).get(KEPT_MIME, {}).items()}
+    return found
+
+
+def recorded(name):
+    """{name: (mean, low, high, runs)} of a page's recorded sweep without control, 95 % t-intervals; empty where none is."""
+    table, _ = seeds_table(name)
+    if table is None:
+        return {}
+    once = table.drop_duplicates(["name", "seed"]).groupby("name")["value"]
+    return {key: measure.measure("v", {"v": values.to_numpy()}, "seeds") for key, values in once}
+
+
 def compare(measured, ids, scale=1):
     """A table paper | record | full size | here: `ids` maps this page's numbers to the claims with the paper's values.
 
@@ -304,7 +332,7 @@ def show_record():
         table, _ = seeds_table(name)
     if table is not None:
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
-                              for key in dict.fromkeys(table["claim"])})
+                              for key in dict.fromkeys(table["claim"]) if key != KEPT})
     for line in behind(name):
         display(HTML(f'<p class="record">{line}</p>'))
 

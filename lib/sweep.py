@@ -88,6 +88,8 @@ def _rows(parameters, swept, notebook):
             values = values or {atom["q"]: atom["estimate"] for atom in result["atoms"]}
         for variable, value in values.items():
             yield {**{s: parameters[s] for s in swept}, "claim": key, "name": variable, "value": float(value)}
+    for variable, value in records.kept(notebook).items():
+        yield {**{s: parameters[s] for s in swept}, "claim": records.KEPT, "name": variable, "value": value}
 
 
 def _figure(table, axes, target):

@@ -27,6 +27,10 @@ time.sleep(.7)
 settle({"gain": {"gain": 1.0 + seed}}, section="s")'''
 BOTH = '''from lib.claims import settle
 settle({"gain": {"gain": 1.0 + seed}, "exact": {"radius": epsilon}}, section="s")'''
+KEEPS = BOTH + '''
+from lib.records import keep, recorded
+print("of the record", recorded("paper/page"))
+keep({"beyond.all": 10 * seed, "gone": float("nan")})'''
 GPU = '''import os
 from lib.claims import settle
 settle({"gain": {"gain": float(os.environ["CUDA_VISIBLE_DEVICES"])}}, section="s")'''
@@ -158,3 +162,18 @@ def test_mistakes_end_in_one_line(project, capsys, monkeypatch, words, told):
     assert run.main(["run", "paper/page", *words]) == 1
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1
+
+
+def test_what_a_page_keeps_is_recorded_beside_its_claims(project):
+    put(project, KEEPS)
+    assert run.main(["run", "paper/page", "--sweep", "seed", "0", "1", "2"]) == 0
+    table = pd.read_csv(project / "_build" / "sweeps" / "paper" / "page" / "seed.csv")
+    kept = table[table["claim"] == records.KEPT]
+    assert kept[kept["name"] == "beyond.all"].set_index("seed")["value"].to_dict() == {0: 0, 1: 10, 2: 20}
+    assert kept[kept["name"] == "gone"]["value"].isna().all()
+    assert records.recorded("paper/page") == {}
+    for suffix in (".csv", ".json"):
+        records.write(records.path("seeds", "paper/page", suffix),
+                      (project / "_build" / "sweeps" / "paper" / "page" / f"seed{suffix}").read_text())
+    mean, low, high, n = records.recorded("paper/page")["beyond.all"]
+    assert (mean, n) == (10, 3) and low == pytest.approx(10 - 24.84, abs=.01) and high == pytest.approx(10 + 24.84, abs=.01)
