@@ -186,6 +186,8 @@ def behind(name):
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
     found += [(f"Recorded full-size run, {full['evidence']}", full, old)] if full else []
     return [" ".join([f"{head}: {html.escape(told(m))}, {m['date'][:10]}, commit {m['commit'] or 'none'}.",
+                      *[f"Confirmed after a change of {html.escape(c['changed'])}: {c['points']} runs gave the same numbers, commit {c['commit']}."
+                        for c in m.get("confirmed", [])],
                       *[f"<strong>Stale, changed since: {html.escape(stale)}.</strong>"] * bool(stale),
                       *[f"Deviations from the paper's settings: {html.escape('; '.join(m['deviations']))}."] * bool(m["deviations"])])
             for head, m, stale in found]

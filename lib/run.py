@@ -18,7 +18,7 @@ from lib.cost import told
 from lib.digest import digest
 from lib.execute import RunError, alone, execute, stoppable
 from lib.parameters import ParameterError, check
-from lib.sweep import sweep
+from lib.sweep import confirm, sweep
 
 
 def last_time(name, full=False):
@@ -220,6 +220,8 @@ def _parser():
     run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="sweep on the workers of this dask scheduler")
     run.add_argument("--gpus", type=int, default=0, metavar="N", help="sweep on N GPUs of this machine, a point on each")
     commands.add_parser("accept", help="take outputs, sweeps, times and verdicts of the newest runs into the tree")
+    again = commands.add_parser("confirm", help="after a change of code that should not matter: do recorded sweeps return digit for digit?")
+    again.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
     board = commands.add_parser("scoreboard", help="the verdict of each claim")
     board.add_argument("--json", action="store_true", help="one JSON object: claims and counts")
     commands.add_parser("data", help="the data sets and where they lie")
@@ -252,6 +254,7 @@ def main(argv=None):
     try:
         with stoppable(getattr(options, "max_minutes", None)):
             {"book": book, "accept": accept, "data": data_sets, "smoke": smoke, "run": lambda: _run(options),
+             "confirm": lambda: [confirm(_name_of(n)) for n in options.notebooks],
              "scoreboard": lambda: scoreboard(options.json)}[options.command]()
     except (RunError, ParameterError, claims.ClaimError) as error:
         print(f"repro: {error}", file=sys.stderr)

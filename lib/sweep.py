@@ -65,6 +65,8 @@ def _cluster(scheduler, workers):
 
 def _run(name, todo, scheduler, gpus):
     """Run the points {target: parameters}; what failed, a line each."""
+    if not todo:
+        return []
     from distributed import as_completed
     from tqdm import tqdm
     failed = []
@@ -120,7 +122,7 @@ def sweep(name, given, axes, scheduler=None, gpus=0):
     points = {_target(name, p): p for p in grid}
     todo = {t: p for t, p in points.items() if not _finished(name, t)}
     print(f"{name}: {len(points)} points, {len(points) - len(todo)} finished", flush=True)
-    if failed := todo and _run(name, todo, scheduler, devices):
+    if failed := _run(name, todo, scheduler, devices):
         raise RunError(f"{len(failed)} of {len(points)} points failed, finished ones are kept; first: {failed[0]}")
     done = [records.read(t.with_suffix(".json")) for t in points]
     if mixed := {records.changed(point, name, but=records.SHOWN) for point in done} - {""}:
@@ -135,3 +137,34 @@ def sweep(name, given, axes, scheduler=None, gpus=0):
     if len(table):
         _figure(table, list(axes), target.with_suffix(".png"))
     print(f"{name}: {len(points)} points -> {target.relative_to(claims.project_root())}, and a figure beside it")
+
+
+def confirm(name):
+    """`repro confirm NOTEBOOK`: after a change of code, keep a recorded sweep if its first points give the same numbers again.
+
+    For a change that should not matter, such as a new option: the first seed of every other axis (two seeds where there
+    is none) is run anew, and where every digit of the record returns, the record stands, with a note of what it survived.
+    Raises RunError, in one line, where it does not, or where parameters have changed.
+    """
+    import pandas as pd
+    file = records.path("seeds", name, ".json")
+    if not file.exists():
+        raise RunError(f"{name} has no recorded sweep to confirm")
+    record, table = records.read(file), pd.read_csv(file.with_suffix(".csv"), dtype={"claim": str, "name": str})
+    given, axes, stale = record["parameters"], record["sweep"], records.changed(record, name, but=records.SHOWN)
+    if not stale or "parameters" in stale.split(", "):
+        raise RunError(f"{name}: {'its parameters have changed, repeat' if stale else 'nothing has changed since'} the recorded sweep")
+    few = axes | {"seed": axes["seed"][:2 if len(axes) == 1 else 1]}
+    points = [dict(zip(few, values)) for values in itertools.product(*few.values())]
+    todo = {_target(name, p): p for p in (check(records.read(records.path("source", name)), given | point) for point in points)}
+    if failed := _run(name, {t: p for t, p in todo.items() if not _finished(name, t)}, None, ()):
+        raise RunError(f"{name}: {failed[0]}")
+    keys = [*axes, "claim", "name"]
+    again = pd.DataFrame([row for t, p in todo.items() for row in _rows(p, list(axes), t)]).set_index(keys)["value"]
+    before = table.set_index(keys)["value"].reindex(again.index)
+    differ = [key for key, new, old in zip(again.index, again, before) if f"{new:.10g}" != f"{old:.10g}"]
+    if differ:
+        raise RunError(f"{name}: {len(differ)} of {len(again)} numbers differ from the record, first {differ[0]}; repeat the sweep")
+    survived = {"changed": stale, "points": len(points), "commit": records.commit()}
+    records.write(file, record | {"parts": records.parts(name, given), "confirmed": [*record.get("confirmed", []), survived]})
+    print(f"{name}: {len(again)} numbers of {len(points)} points as recorded, in spite of changes of {stale}")

@@ -177,3 +177,25 @@ def test_what_a_page_keeps_is_recorded_beside_its_claims(project):
                       (project / "_build" / "sweeps" / "paper" / "page" / f"seed{suffix}").read_text())
     mean, low, high, n = records.recorded("paper/page")["beyond.all"]
     assert (mean, n) == (10, 3) and low == pytest.approx(10 - 24.84, abs=.01) and high == pytest.approx(10 + 24.84, abs=.01)
+
+
+def test_a_record_is_confirmed_only_if_every_digit_returns(project, capsys):
+    put(project, KEEPS)
+    assert run.main(["run", "paper/page", "--sweep", "seed", "0", "1", "2"]) == 0
+    for suffix in (".csv", ".json"):
+        records.write(records.path("seeds", "paper/page", suffix),
+                      (project / "_build" / "sweeps" / "paper" / "page" / f"seed{suffix}").read_text())
+    assert run.main(["confirm", "paper/page"]) == 1 and "nothing has changed since the recorded sweep" in capsys.readouterr().err
+    put(project, KEEPS + "\nunused = 1")
+    assert records.seeds_table("paper/page")[1] == "code cells"
+    assert run.main(["confirm", "paper/page"]) == 0 and "6 numbers of 2 points as recorded" in capsys.readouterr().out
+    assert records.seeds_table("paper/page")[1] == ""
+    record = records.read(records.path("seeds", "paper/page", ".json"))
+    assert [(c["changed"], c["points"]) for c in record["confirmed"]] == [("code cells", 2)] and record["points"] == 3
+    put(project, KEEPS.replace("10 * seed", "11 * seed"))
+    assert run.main(["confirm", "paper/page"]) == 1
+    assert "1 of 6 numbers differ from the record, first (1, 'beyond', 'beyond.all')" in capsys.readouterr().err
+    assert records.seeds_table("paper/page")[1] == "code cells"
+    page = records.path("source", "paper/page")
+    records.write(page, page.read_text().replace("float = .1 ", "float = .2 "))
+    assert run.main(["confirm", "paper/page"]) == 1 and "its parameters have changed" in capsys.readouterr().err
