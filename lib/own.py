@@ -48,11 +48,6 @@ class Own(GenerativeClassifier):
             raise ParameterError(f"scores must be finite, got NaN or infinity for {bad} of {len(x)} images")
         return z.log_softmax(1) if self.logits else z
 
-    def oddness(self, scores: Tensor) -> Tensor:
-        """(n,), nats, from scores (n, classes): -log p(x) of a normalised model; of another minus its best score, for
-        logits -log max_y p(y|x), as a detector of classifiers without a density does."""
-        return -(scores.logsumexp(1) if self.normalised else scores.amax(1))
-
 
 def locate(text: str) -> tuple[Path, str]:
     """(file, function) of "PATH.py:FUNCTION"; PATH counts from where the command was given, from the working folder,
