@@ -331,8 +331,8 @@ def show_record():
     name = claims.notebook_name()
     paper, table = name.split("/")[0], None
     if path("seeds", name, ".csv").exists():
-        table, _ = seeds_table(name)
-    if table is not None:
+        table, stale = seeds_table(name)
+    if table is not None and "rules" not in stale.split(", "):      # another rule may need numbers that were not recorded
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
                               for key in dict.fromkeys(table["claim"]) if key != KEPT})
     for line in behind(name):

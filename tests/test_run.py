@@ -145,6 +145,13 @@ def test_sweep_skips_finished_points_and_its_record_decides(project, monkeypatch
     records.write(records.path("source", "paper/page"), edited)
     rows = {r["id"]: r for r in claims.scoreboard(records.sources())}
     assert rows["gain"]["verdict"] == "not-run" and "code cells" in rows["gain"]["reason"]
+    # a rule that needs what was not recorded: the page says so, and runs
+    ledger = json.loads((project / "book/claims/paper.yaml").read_text())
+    ledger["claims"][0]["rule"]["atoms"].append({"q": "loss", "in": [0, 1]})
+    (project / "book/claims/paper.yaml").write_text(json.dumps(ledger))
+    monkeypatch.setenv("REPRO_NOTEBOOK", "paper/page")
+    records.show_record()
+    assert "code cells, rules" in records.behind("paper/page")[0]
 
 
 def summary(project, axes, seeds, **changes):
