@@ -20,6 +20,7 @@ import yaml
 from lib.measure import LEVEL, ClaimError, evaluate, measure, names_in, outcome
 
 MIME = "application/vnd.repro.claims+json"
+KEPT = "beyond"        # what the column `claim` of a recorded sweep says of numbers that no claim asks for
 VERDICTS = ("holds", "holds-as-corrected", "fails", "undecided", "holds-by-construction", "cited", "not-run")
 EVIDENCE = ("theorem", "stand-in", "reduced", "paper-settings")
 MIN_SEEDS = 5
@@ -273,7 +274,10 @@ def evidence(rule, deviations=()):
 
 def measure_record(paper, entry, table):
     """As `measure_claim` for a recorded sweep: `table` has the columns claim, name, seed, value, a row per run."""
-    rows = table[table["claim"] == f"{paper}/{entry['id']}"]
+    mine = table["claim"] == f"{paper}/{entry['id']}"
+    # what an amended rule asks for, beside its recorded names, may be among the numbers that the page kept
+    more = rule_names(entry["rule"]) - set(table["name"][mine])
+    rows = table[mine | (table["claim"] == KEPT) & table["name"].isin(more)]
     if rows.duplicated(["name", "seed"]).any():
         raise ClaimError(f"claim {entry['id']}: the recorded sweep has a seed twice")
     wide = rows.pivot(index="seed", columns="name", values="value").sort_index()

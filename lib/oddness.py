@@ -14,23 +14,26 @@ def oddness(model: GenerativeClassifier, scores: Tensor) -> Tensor:
     -log p(x) of a normalised model; -log max_y p(y|x) of a posterior (Hendrycks and Gimpel 2017, arXiv 1610.02136); of
     another, such as an unnormalised energy, minus its best score.
     """
-    return -scores.logsumexp(1) if model.normalised else -_familiar(model, scores).amax(1)
+    return -_familiarity(model, scores)
 
 
 def unnoticed(model: GenerativeClassifier, y: Tensor, cut: float) -> Goal:
     """Any class but the true ones y (n,), and an oddness of at most `cut` (nats): past classifier and detector at once."""
-    if model.normalised:
-        return escape(model, y, floor=-cut)
     plain = escape(model, y)
 
     def terms(z, y):
-        # the best score of a fooled model is another class's: left in, the true one's would pull the attack back to x
-        others = _familiar(model, z).scatter(1, y[:, None], -torch.inf)
-        return torch.stack([plain.terms(z, y)[:, 0], cut + others.amax(1)], 1)
+        return torch.stack([plain.terms(z, y)[:, 0], cut - oddness(model, z)], 1)
 
-    return replace(plain, terms=terms, climb=lambda z, y: terms(z, y).amin(1))
+    def climb(z, y):
+        # what makes a fooled model sure is another class: with the true one left in, its score would pull back to x
+        return torch.minimum(plain.terms(z, y)[:, 0], cut + _familiarity(model, z, hide=y))
+
+    return replace(plain, terms=terms, climb=climb)
 
 
-def _familiar(model, scores):
-    """(n, classes): how familiar the image looks as each class, nats."""
-    return scores.log_softmax(1) if model.space == "posterior" else scores
+def _familiarity(model, scores, hide=None):
+    """Minus the oddness (n,), nats; of all classes but one for each image where `hide` (n,) names it."""
+    scores = scores.log_softmax(1) if model.space == "posterior" else scores
+    if hide is not None:
+        scores = scores.scatter(1, hide[:, None], -torch.inf)
+    return scores.logsumexp(1) if model.normalised else scores.amax(1)

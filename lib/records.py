@@ -21,7 +21,6 @@ from lib.digest import digest, module_digests, modules_of, syntax
 from lib.parameters import parameters
 
 KEPT_MIME = "application/vnd.repro.kept+json"
-KEPT = "beyond"        # what the column `claim` of a recorded sweep says of numbers that no claim asks for
 VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image")
 
 
@@ -334,7 +333,7 @@ def show_record():
         table, stale = seeds_table(name)
     if table is not None and "rules" not in stale.split(", "):      # another rule may need numbers that were not recorded
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
-                              for key in dict.fromkeys(table["claim"]) if key != KEPT})
+                              for key in dict.fromkeys(table["claim"]) if key != claims.KEPT})
     for line in behind(name):
         display(HTML(f'<p class="record">{line}</p>'))
 

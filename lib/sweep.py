@@ -1,4 +1,5 @@
 """Run a chapter over a grid of parameters with dask: on this machine's cores or GPUs, or on a cluster that is there."""
+import gc
 import itertools
 import logging
 import os
@@ -48,6 +49,7 @@ def _cluster(scheduler, workers):
     """A client of the scheduler at an address, or of a cluster of `workers` processes on this machine."""
     from distributed import Client, LocalCluster
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    gc.collect()        # a client that once failed to start, collected while the next one does, would wait for ever for its lock
     if scheduler:
         try:
             client = Client(scheduler, timeout=10)
@@ -91,7 +93,7 @@ def _rows(parameters, swept, notebook):
         for variable, value in values.items():
             yield {**{s: parameters[s] for s in swept}, "claim": key, "name": variable, "value": float(value)}
     for variable, value in records.kept(notebook).items():
-        yield {**{s: parameters[s] for s in swept}, "claim": records.KEPT, "name": variable, "value": value}
+        yield {**{s: parameters[s] for s in swept}, "claim": claims.KEPT, "name": variable, "value": value}
 
 
 def _figure(table, axes, target):
@@ -162,6 +164,9 @@ def confirm(name):
     keys = [*axes, "claim", "name"]
     again = pd.DataFrame([row for t, p in todo.items() for row in _rows(p, list(axes), t)]).set_index(keys)["value"]
     before = table.set_index(keys)["value"].reindex(again.index)
+    # a number that a claim asks for since may be among those that the page kept
+    kept = table[table["claim"] == claims.KEPT].set_index([*axes, "name"])["value"].reindex(again.index.droplevel("claim"))
+    before = before.fillna(pd.Series(kept.to_numpy(), again.index))
     differ = [key for key, new, old in zip(again.index, again, before) if f"{new:.10g}" != f"{old:.10g}"]
     if differ:
         raise RunError(f"{name}: {len(differ)} of {len(again)} numbers differ from the record, first {differ[0]}; repeat the sweep")

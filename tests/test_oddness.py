@@ -1,4 +1,5 @@
 """The detector of any model, and the goal of an attacker who knows it."""
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -52,9 +53,10 @@ class Bumps(Linear):
         return -5 * torch.cdist(x.flatten(1), self.weight.T).square()
 
 
-def test_an_attack_that_knows_passes_where_one_that_does_not_is_noticed():
+@pytest.mark.parametrize("normalised", [False, True])
+def test_an_attack_that_knows_passes_where_one_that_does_not_is_noticed(normalised):
     """Negative control included: with a cut that nothing meets, nothing passes."""
-    model = Bumps("energy")
+    model = Bumps("energy", normalised)
     x = torch.rand(32, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     y = model(x).argmax(1)
     how = dict(eps=0.5, norm=torch.inf, steps=30, seed=0)

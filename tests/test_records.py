@@ -15,7 +15,7 @@ def by_seeds(name):
     """The claims of a chapter's paper that its recorded sweep measured."""
     table = pd.read_csv(records.path("seeds", name, ".csv"))
     paper = name.split("/")[0]
-    return table, [claims.claim(paper, key.split("/")[1]) for key in sorted(set(table["claim"]) - {records.KEPT})]
+    return table, [claims.claim(paper, key.split("/")[1]) for key in sorted(set(table["claim"]) - {claims.KEPT})]
 
 
 def test_there_are_records():

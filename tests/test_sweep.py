@@ -168,7 +168,7 @@ def test_what_a_page_keeps_is_recorded_beside_its_claims(project):
     put(project, KEEPS)
     assert run.main(["run", "paper/page", "--sweep", "seed", "0", "1", "2"]) == 0
     table = pd.read_csv(project / "_build" / "sweeps" / "paper" / "page" / "seed.csv")
-    kept = table[table["claim"] == records.KEPT]
+    kept = table[table["claim"] == claims.KEPT]
     assert kept[kept["name"] == "beyond.all"].set_index("seed")["value"].to_dict() == {0: 0, 1: 10, 2: 20}
     assert kept[kept["name"] == "gone"]["value"].isna().all()
     assert records.recorded("paper/page") == {}
