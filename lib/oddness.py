@@ -33,7 +33,7 @@ def unnoticed(model: GenerativeClassifier, y: Tensor, cut: float) -> Goal:
 
 def _familiarity(model, scores, hide=None):
     """Minus the oddness (n,), nats; of all classes but one for each image where `hide` (n,) names it."""
-    scores = scores.log_softmax(1) if model.space == "posterior" else scores
+    scores = scores.log_softmax(1) if model.space == "posterior" and not model.normalised else scores
     if hide is not None:
         scores = scores.scatter(1, hide[:, None], -torch.inf)
     return scores.logsumexp(1) if model.normalised else scores.amax(1)
