@@ -168,6 +168,18 @@ def test_a_stored_outcome_is_not_trusted():
     assert claims.read_settled({"cells": [cell]})["x/made.up"]["atoms"][0]["outcome"] == "fails"
 
 
+def test_an_amended_rule_finds_its_names_among_what_the_page_kept_and_nowhere_else():
+    def table(owner):
+        own = [{"seed": s, "claim": "x/made.up", "name": "a", "value": 1.} for s in range(5)]
+        # the claim's own number comes first, though the page kept one of the same name
+        return pd.DataFrame(own + [{"seed": s, "claim": owner, "name": n, "value": v} for s in range(5) for n, v in (("a", 9.), ("b", 1.))])
+
+    found = claims.measure_record("x", entry("seeds", n=5), table(claims.KEPT))
+    assert found["atoms"][0]["estimate"] == 0 and found["atoms"][0]["n"] == 5
+    with pytest.raises(ClaimError, match=r"lacks the names \['b'\]"):
+        claims.measure_record("x", entry("seeds", n=5), table("x/another"))
+
+
 def test_a_seed_recorded_twice_is_refused():
     table = pd.DataFrame([{"seed": s, "claim": "x/made.up", "name": n, "value": 0.} for s in (0, 0, 1) for n in "ab"])
     with pytest.raises(ClaimError, match="a seed twice"):
