@@ -4,14 +4,15 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lib.lock import Held, hold
 
 
 def save(path: Path, run: dict, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
@@ -38,7 +39,8 @@ def load(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Optimiz
          average: list[Tensor]) -> int:
     """Restore what `save` wrote and return its step; 0, and nothing restored, if there is no file.
 
-    Raises ValueError, in one line, for a damaged file and for one whose description differs from `run`.
+    Raises ValueError, in one line, for a damaged file and for one whose description differs from `run`. How many
+    processes trained a finished model is no difference.
     """
     if not path.exists():
         return 0
@@ -51,6 +53,9 @@ def load(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"checkpoint {path} is damaged or no checkpoint ({error}); "
                          "delete it to train anew") from None
     wanted = json.loads(json.dumps(run))
+    if step == run["steps"]:
+        found.pop("processes", None)
+        wanted.pop("processes", None)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise ValueError(f"checkpoint {path} is of another run: {_difference(name, found, wanted)}; "
@@ -93,20 +98,14 @@ def locked(path: Path | None, deadline: float):
     if path is None:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(path.with_name(path.name + ".lock")), path.with_name(path.name + ".pid")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = owner.read_text() if owner.exists() else "?"
-        print(f"{path.name} is being trained by process {holder}; waiting for it", file=sys.stderr)
+    with ExitStack() as held:
+        lock = path.with_name(path.name + ".lock")
         try:
-            lock.acquire(timeout=max(0.0, min(deadline - time.monotonic(), 1e9)), poll_interval=0.2)
-        except Timeout:
-            raise TimeoutError(f"{path} is still being trained by process {holder}") from None
-    try:
-        owner.write_text(str(os.getpid()))
+            held.enter_context(hold(lock))
+        except Held as other:
+            print(f"{path.name} is being trained by process {other.holder}; waiting for it", file=sys.stderr)
+            try:
+                held.enter_context(hold(lock, max(0.0, min(deadline - time.monotonic(), 1e9))))
+            except Held:
+                raise TimeoutError(f"{path} is still being trained by process {other.holder}") from None
         yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()

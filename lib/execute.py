@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 
 from lib import claims, cost, records
+from lib.lock import Held, hold
 
 
 class RunError(RuntimeError):
@@ -51,22 +52,12 @@ def alone(target, wait=False):
 
     Where another process holds it: RunError, or with `wait` wait until it is free.
     """
-    from filelock import FileLock, Timeout
-    owner = aside(target).with_suffix(".pid")
-    owner.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(owner.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        holder = owner.read_text() if owner.exists() else "?"
-        raise RunError(f"{os.path.relpath(target, claims.project_root())} is being written by process {holder}; "
+        with hold(aside(target).with_suffix(".lock"), -1 if wait else 0):
+            yield
+    except Held as other:
+        raise RunError(f"{os.path.relpath(target, claims.project_root())} is being written by process {other.holder}; "
                        "wait for it, or stop it: what it has trained is kept") from None
-    try:
-        owner.write_text(str(os.getpid()))
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
 
 
 def execute(name, parameters, target, tier="fast", deviations=(), progress=True):

@@ -3,6 +3,9 @@
 Everything random in a step (which images, augmentation, noise) is drawn after seeding with (seed, step), so
 the step number is the whole random and data-order state: a resumed run draws what the uninterrupted one would
 have drawn.
+
+Under torchrun the processes share every batch: each takes its part of the images, gradients are averaged. What is
+drawn in a step then depends on the process as well, so a run is continued by as many processes as began it.
 """
 
 import ctypes
@@ -97,10 +100,14 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
                   finished one is loaded. A second process on the same file waits for the first.
     max_minutes   wall time after which Interrupted is raised, the checkpoint written
 
+    Under torchrun every process calls this alike: `batch` is that of all together, a multiple of their number; batch
+    norm sees the part of each; `checkpoint` lies on a file system that they share, and is written by the first.
+
     SIGINT and SIGTERM end the current step, write the checkpoint and are then delivered. Raises ValueError
     for a checkpoint of another run or a damaged one (left untouched), FloatingPointError for a loss or, with
     `clip`, a gradient that is not finite. Leaves torch's global generator as it was.
     """
+    rank, processes = _place()
     settings = dict(steps=steps, batch=batch, lr=lr, seed=seed, clip=clip, ema=ema, precision=precision,
                     hybrid=hybrid)
     if hybrid and adversary is None:
@@ -111,7 +118,8 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
     deadline = time.monotonic() + 60 * max_minutes
     callables = model, loss, augment, adversary
     path = None if checkpoint is None else _address(Path(checkpoint), run, device, callables)
-    with checkpoints.locked(path, deadline), torch.random.fork_rng():
+    run |= {"processes": processes} if processes > 1 else {}
+    with checkpoints.locked(path if rank == 0 else None, deadline), torch.random.fork_rng():
         _loop(model, loss, data, augment, adversary, settings, device, run, path, save_seconds, deadline)
     return model.eval()
 
@@ -120,13 +128,21 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
     """The body of `train`: arguments checked, generator forked, checkpoint locked."""
     from lightning.fabric import Fabric  # takes seconds to import, and only training needs it
 
-    steps, seed = settings["steps"], settings["seed"]
+    steps, seed, (rank, processes) = settings["steps"], settings["seed"], _place()
     kind, _, number = device.partition(":")
-    fabric = Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=settings["precision"])
+    if processes > 1:
+        fabric = Fabric(accelerator=kind, devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+                        num_nodes=processes // int(os.environ["LOCAL_WORLD_SIZE"]),
+                        strategy="ddp_find_unused_parameters_true", precision=settings["precision"])
+        fabric.launch()
+    else:
+        fabric = Fabric(accelerator=kind, devices=[int(number)] if number else 1, precision=settings["precision"])
     images, labels = (t.to(fabric.device) for t in data[:2])
     optimizer = torch.optim.Adam(model.to(fabric.device).train().parameters(), lr=settings["lr"], fused=True)
     average = [p.detach().clone() for p in model.parameters()] if settings["ema"] else []
+    fabric.barrier()        # the first process holds the lock by now
     step = checkpoints.load(path, run, model, optimizer, average) if path else 0
+    fabric.barrier()        # and writes only when all have read
     if step == steps:
         return
     if hasattr(model, "initialise") and not model.initialised:
@@ -137,8 +153,8 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
     saved, stop = time.monotonic(), False
     with _signals() as caught, _bar(step, steps) as bar:
         while step < steps and not stop:
-            chosen = _batch(seed, step, len(images), settings["batch"]).to(images.device)
-            _seed(seed, STEP, step)
+            chosen = _batch(seed, step, len(images), settings["batch"])[rank::processes].to(images.device)
+            _seed(seed, STEP, step, *([rank] if processes > 1 else []))
             x, y = augment(images[chosen]) if augment else images[chosen], labels[chosen]
             if adversary:
                 attacked = adversary(model, x, y).detach()
@@ -148,20 +164,23 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
             bar.update()
             bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
             stop = bool(caught) or time.monotonic() > deadline
-            if path and step < steps and (stop or time.monotonic() - saved >= save_seconds):
+            if processes > 1:       # all stop at the same step
+                stop = bool(fabric.all_reduce(torch.tensor(float(stop), device=fabric.device), reduce_op="sum"))
+            if path and rank == 0 and step < steps and (stop or time.monotonic() - saved >= save_seconds):
                 checkpoints.save(path, run, step, model, optimizer, average)
                 saved = time.monotonic()
         if step == steps:
             with torch.no_grad():
                 for parameter, mean in zip(model.parameters(), average):
                     parameter.copy_(mean)
-            if path:
+            if path and rank == 0:
                 checkpoints.save(path, run, steps, model)
+        fabric.barrier()        # nobody leaves, and so ends torchrun, while the first still writes
     if caught:
         signal.raise_signal(caught[0])
     if step < steps:
         where = f"the same call resumes from {path}" if path else "without a checkpoint nothing is kept"
-        raise Interrupted(f"max_minutes reached at step {step} of {steps}; {where}")
+        raise Interrupted(f"{'stopped' if processes > 1 else 'max_minutes reached'} at step {step} of {steps}; {where}")
 
 
 def _update(fabric, objective, optimizer, average, x, y, step, settings) -> float:
@@ -183,6 +202,11 @@ def _update(fabric, objective, optimizer, average, x, y, step, settings) -> floa
         # average <- ema average + (1 - ema) weights
         torch._foreach_lerp_(average, [p.detach() for p in objective.parameters()], 1 - settings["ema"])
     return value.item()
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number) of the processes that torchrun has started for this training; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- random state ----------------------------------------------------------------------------------
@@ -285,6 +309,8 @@ def _check(settings: dict, device: str, images: int) -> None:
             raise ValueError(f"{name} must be an integer >= {least}, got {settings[name]!r}")
     if settings["batch"] > images:
         raise ValueError(f"batch must be at most the number of images ({images}), got {settings['batch']}")
+    if settings["batch"] % _place()[1]:
+        raise ValueError(f"batch must be a multiple of the number of processes ({_place()[1]}), got {settings['batch']}")
     for name in ("lr", "clip"):
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} must be > 0, got {settings[name]}")

@@ -147,6 +147,16 @@ class Steps(nn.Module):
         return x
 
 
+def level_shapes(shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+    """(channels, height, width) at each of `levels` levels: squeeze times 4, split in two. ValueError for odd sizes."""
+    channels, height, width = shape
+    stride = 2 ** (levels - 1)
+    if height % stride or width % stride:
+        raise ValueError(f"levels must leave whole pixels: height and width must be multiples of "
+                         f"2**(levels-1) = {stride}, got levels={levels} and {height}x{width}")
+    return [(channels * 2**i, height // 2**i, width // 2**i) for i in range(levels)]
+
+
 class MultiScaleFlow(nn.Module):
     """Bijection of images (batch, channels, height, width) to latents (batch, channels*height*width).
 
@@ -161,15 +171,9 @@ class MultiScaleFlow(nn.Module):
     def __init__(self, shape: tuple[int, int, int], levels: int, depth: int, width: int, lu: bool = False,
                  scale: str = "sigmoid") -> None:
         super().__init__()
-        channels, height, width_px = shape
-        stride = 2 ** (levels - 1)
-        if height % stride or width_px % stride:
-            raise ValueError(f"levels must leave whole pixels: height and width must be multiples of "
-                             f"2**(levels-1) = {stride}, got levels={levels} and {height}x{width_px}")
-        if channels % 2:
-            raise ValueError(f"channels must be even (they are split in halves), got {channels}")
-        # shape of what leaves each level: squeeze times 4, split in two
-        self.shapes = [(channels * 2**i, height // 2**i, width_px // 2**i) for i in range(levels)]
+        if shape[0] % 2:
+            raise ValueError(f"channels must be even (they are split in halves), got {shape[0]}")
+        self.shapes = level_shapes(shape, levels)
         self.levels = nn.ModuleList(Steps(c, depth, width, lu, scale) for c, _, _ in self.shapes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib.models.flow import level_shapes
+
 
 class Residual(nn.Module):
     """x + conv(relu(conv(relu(x)))) at `width` channels."""
@@ -96,13 +98,7 @@ class RealNVPFlow(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], levels: int, depth: int, width: int, blocks: int = 1) -> None:
         super().__init__()
-        channels, height, width_px = shape
-        stride = 2 ** (levels - 1)
-        if height % stride or width_px % stride:
-            raise ValueError(f"levels must leave whole pixels: height and width must be multiples of "
-                             f"2**(levels-1) = {stride}, got levels={levels} and {height}x{width_px}")
-        # shape at which each level works: squeeze times 4, split in two
-        self.shapes = [(channels * 2**i, height // 2**i, width_px // 2**i) for i in range(levels)]
+        self.shapes = level_shapes(shape, levels)
 
         def couplings(c, mask, count):
             return nn.ModuleList(MaskedCoupling(c, width, blocks, mask, swapped=k % 2 == 1) for k in range(count))
