@@ -327,7 +327,7 @@ def judge(paper, entry, source=None):
     rule = entry["rule"]
     row["tier"] = rule["tier"]
     if source is None:
-        return row | {"reason": "no full-size record" if rule["tier"] == "full" else "its notebook has not run"}
+        return row | {"reason": "no record on the paper's data" if rule["tier"] == "full" else "its notebook has not run"}
     row |= {"notebook": source["notebook"], "evidence": evidence(rule, source.get("deviations", ()))}
     if source.get("stale"):
         return row | {"reason": f"stale: {source['stale']}"}

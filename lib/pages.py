@@ -204,7 +204,7 @@ def errata_page(rows, sources):
 
 
 def manifests():
-    """{(chapter, kind): manifest} of the executed chapters and of the full-size records."""
+    """{(chapter, kind): manifest} of the executed chapters and of the records on the papers' data."""
     files = {(name, kind): records.path(kind, name, ".json")
              for name in records.notebooks() for kind in ("executed", "full")}
     return {key: records.read(file) for key, file in files.items() if file.exists()}
@@ -220,7 +220,7 @@ def times_table(runs, full=False):
 
 
 def records_table():
-    """What was recorded: sweeps over training runs and full-size runs, what each cost, and whether it is current."""
+    """What was recorded: sweeps over training runs and runs on the papers' data, what each cost, and whether it is current."""
     return table(["page", "record"], [[f"[](../notebooks/{name}.ipynb)", line] for name in records.notebooks()
                                       for line in records.behind(name)])
 
@@ -235,11 +235,16 @@ def status_page(runs, flips):
 
 
 def summary(counts, runs):
-    """The state of the book in two sentences, for the welcome page."""
+    """The state of the book in a few sentences, for the welcome page."""
+    def told(count):
+        return ", ".join(f"{number} {badge(slug)}" for slug, number in count.items()) or "none"
+
     decided = {k: v for k, v in counts["all"].items() if v and k not in ("cited", "not-run")}
-    told = ", ".join(f"{count} {badge(slug)}" for slug, count in decided.items()) or "none"
     text = f"Of **{sum(counts['all'].values())} claims**, {sum(decided.values())} have a verdict " \
-           f"from executed code so far: {told}.\n"
+           f"from executed code so far: {told(decided)}.\n"
+    for level, how in (("reduced", "at a reduced size"), ("paper-settings", "at their settings")):
+        if found := {k: v for k, v in counts["evidence"][level].items() if v and k != "not-run"}:
+            text += f"\nOn the papers' own data, {how}, {sum(found.values())} claims were measured: {told(found)}.\n"
     if dates := sorted(m["date"] for m in runs.values()):
         text += (f'\nEvery chapter ran without error; the oldest run shown here is of <time class="age" '
                  f'datetime="{dates[0]}">{dates[0][:10]}</time>, the newest of {dates[-1][:10]}.\n')

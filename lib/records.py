@@ -1,4 +1,4 @@
-"""Where evidence lies: executed notebooks, recorded sweeps and full-size runs, each with a manifest.
+"""Where evidence lies: executed notebooks, recorded sweeps and runs on the papers' data, each with a manifest.
 
 A manifest holds what a result depends on, part by part, so that a stale record can say what changed:
 the code cells (those that only draw excepted), the parameters, the rules, and every module of `lib` behind them.
@@ -170,7 +170,7 @@ def seeds_table(name):
 
 
 def full_record(name):
-    """(settled, manifest, why stale) of the recorded full-size run; ({}, None, "") where there is none."""
+    """(settled, manifest, why stale) of the recorded run on the paper's data; ({}, None, "") where there is none."""
     file = path("full", name, ".json")
     if not file.exists():
         return {}, None, ""
@@ -183,7 +183,7 @@ def behind(name):
     """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed, deviations."""
     sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
-    found += [(f"Recorded full-size run, {full['evidence']}", full, old)] if full else []
+    found += [(f"Recorded run on the paper's data, {full['evidence']}", full, old)] if full else []
     return [" ".join([f"{head}: {html.escape(told(m))}, {m['date'][:10]}, commit {m['commit'] or 'none'}.",
                       *[f"Confirmed after a change of {html.escape(c['changed'])}: {c['points']} runs gave the same numbers, commit {c['commit']}."
                         for c in m.get("confirmed", [])],
@@ -219,10 +219,10 @@ def recorded(name):
 
 
 def compare(measured, ids, scale=1):
-    """A table paper | record | full size | here: `ids` maps this page's numbers to the claims with the paper's values.
+    """A table paper | record | paper's data | here: `ids` maps this page's numbers to the claims with the paper's values.
 
     The record is the mean over the recorded runs with its 95 % t-interval; a name without a claim has no paper value.
-    The full size, where it is recorded, is what was settled for the claim there; its head tells the level of evidence.
+    The third, where such a run is recorded, is what was settled for the claim there; its head tells the level of evidence.
     Below stands what the records are. `scale` times a number of the page is in the paper's unit: 100 for shares beside
     its percentages.
     """
@@ -241,7 +241,7 @@ def compare(measured, ids, scale=1):
         row = {"": key, "paper": "" if value is None else f"{value}", "record": record}
         if full:
             found = settled.get(f"{name.split('/')[0]}/{id}")
-            row[f"full size, {full['evidence']}{', stale' if old else ''}"] = f"{found['atoms'][0]['estimate']:.2f}" if found else ""
+            row[f"paper's data, {full['evidence']}{', stale' if old else ''}"] = f"{found['atoms'][0]['estimate']:.2f}" if found else ""
         rows.append(row | {"here": f"{scale * measured[key]:.2f}"})
     return pd.DataFrame(rows).style.hide(axis="index").set_caption("<br>".join(behind(name)))
 
@@ -350,11 +350,11 @@ def show_verdicts():
     claims.show([r for r in claims.scoreboard(here) if r["notebook"]])
 
 
-def full_parameters(name):
-    """(parameters, deviations) of the full-size run in ``<topic>.full.yaml``."""
-    file = path("source", name, ".full.yaml")
+def parameters_of(name, size):
+    """(parameters, deviations) of the run on the paper's data in ``<topic>.<size>.yaml``; `size`: full or reduced."""
+    file = path("source", name, f".{size}.yaml")
     if not file.exists():
-        raise claims.ClaimError(f"--full needs {file.relative_to(claims.project_root())}, which does not exist")
+        raise claims.ClaimError(f"--{size} needs {file.relative_to(claims.project_root())}, which does not exist")
     content = yaml.safe_load(file.read_text())
     return content.get("parameters", {}), content.get("deviations", [])
 

@@ -21,12 +21,12 @@ from lib.parameters import ParameterError, check
 from lib.sweep import confirm, sweep
 
 
-def last_time(name, full=False):
+def last_time(name, size=""):
     """How long a chapter last took and where, in words."""
     pages = claims.project_root() / "book" / "records" / "pages.json"
-    here = records.path("full" if full else "executed", name, ".json")
-    if full and not here.exists():
-        return "no full-size run yet: hours on a GPU"
+    here = records.path("full" if size else "executed", name, ".json")
+    if size and not here.exists():
+        return f"no record on the paper's data yet: {'hours on a GPU' if size == 'full' else 'about an hour on two cores'}"
     record = records.read(here) if here.exists() else records.read(pages).get(name) if pages.exists() else None
     if record is None:
         return "not timed yet"
@@ -43,16 +43,22 @@ def report(name, notebook, tier, record):
         print("numbers of the page: " + ", ".join(f"{key} = {value}" for key, value in glued.items()))
 
 
-def run_notebook(name, given, full):
-    """`repro run NOTEBOOK`: once, with other parameters or at full size; only the unchanged full size is a record."""
-    parameters, deviations = records.full_parameters(name) if full else ({}, [])
+def run_notebook(name, given, size=""):
+    """`repro run NOTEBOOK`: once, with other parameters or on the paper's data; only that unchanged is a record.
+
+    `size`: "full" or "reduced", whose parameters stand in ``<topic>.<size>.yaml``; a record of full size is not overwritten
+    by a reduced one.
+    """
+    parameters, deviations = records.parameters_of(name, size) if size else ({}, [])
     parameters = check(records.read(records.path("source", name)), parameters | given)
-    tier = "full" if full else "fast"
-    target = records.path("full" if full else "executed", name)
+    tier = "full" if size else "fast"
+    target = records.path("full" if size else "executed", name)
     if given:
         target = claims.project_root() / "_build" / "runs" / f"{name}-{digest([tier, parameters])[:8]}.ipynb"
         deviations = [*deviations, *(f"{key} = {value} (command line)" for key, value in given.items())]
-    print(f"{name}: {last_time(name, full)}", flush=True)
+    if size == "reduced" and not given and target.exists() and not records.read(target.with_suffix(".json"))["parameters"].get("small"):
+        raise RunError(f"{target.relative_to(claims.project_root())} is a record of full size; move it away to make a reduced one")
+    print(f"{name}: {last_time(name, size)}", flush=True)
     with alone(target):
         record = execute(name, parameters, target, tier, deviations)
     print(f"{name}: {record['seconds']:.0f} s ({told(record)}) -> {target.relative_to(claims.project_root())}")
@@ -67,7 +73,7 @@ def execute_all():
             print(f"{name}: up to date ({last_time(name)})")
             continue
         try:
-            run_notebook(name, {}, full=False)
+            run_notebook(name, {})
         except RunError as error:
             records.path("executed", name).unlink(missing_ok=True)
             failed.append(str(error))
@@ -215,7 +221,9 @@ def _parser():
     run.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter")
-    run.add_argument("--full", action="store_true", help="the paper's data and settings (a GPU, hours)")
+    size = run.add_mutually_exclusive_group()
+    size.add_argument("--full", dest="size", action="store_const", const="full", default="", help="the paper's data and settings (a GPU, hours)")
+    size.add_argument("--reduced", dest="size", action="store_const", const="reduced", help="the paper's data at a size for two cores (an hour)")
     run.add_argument("--max-minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on from there")
     run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="sweep on the workers of this dask scheduler")
     run.add_argument("--gpus", type=int, default=0, metavar="N", help="sweep on N GPUs of this machine, a point on each")
@@ -239,13 +247,13 @@ def _run(options):
         raise RunError(f"parameter {twice[0]} is given twice")
     if twice := [f"{name} {v}" for name, values in axes.items() for v in values if values.count(v) > 1]:
         raise RunError(f"--sweep has the value {twice[0]} twice")
-    if options.full and axes:
-        raise RunError("--full and --sweep cannot be combined yet: sweep a fast page, or run one full page")
+    if options.size and axes:
+        raise RunError(f"--{options.size} and --sweep cannot be combined yet: sweep a fast page, or run one {options.size} page")
     if (options.scheduler or options.gpus) and (not axes or options.scheduler and options.gpus):
         raise RunError("--sweep takes either --scheduler, whose workers bring their GPUs, or --gpus of this machine; "
                        "one run is one process, see -p device")
     for name in [_name_of(n) for n in options.notebooks]:
-        sweep(name, given, axes, options.scheduler, options.gpus) if axes else run_notebook(name, given, options.full)
+        sweep(name, given, axes, options.scheduler, options.gpus) if axes else run_notebook(name, given, options.size)
 
 
 def main(argv=None):

@@ -19,23 +19,25 @@ RECIPES = {
     # the reference Glow: 3 levels, 32 steps, 512 channels, batch 64, eps 8/255; days of a GPU when trained adversarially
     "cifar10": dict(levels=3, depth=32, width=512, steps=100 * 45000 // 64, batch=64, lr=1e-3, clip=5.0, crop=0, flip=True,
                     eps=8 / 255, realnvp=dict(levels=2, depth=3, width=64)),
+    # the architecture of the photos on images of 32x32, for two cores
+    "small": SMALL | dict(steps=1000, flip=True, eps=8 / 255),
 }
 
 
 def density(training: str, data: Data, *, family: str = "glow", lu: bool = False, scale: str = "sigmoid",
-            rotations: int | None = None, size: float = 1.0, control: str = "none", device: str = "cpu",
-            seed: int = 0) -> FlowDensity:
+            rotations: int | None = None, small: bool = False, size: float = 1.0, control: str = "none",
+            device: str = "cpu", seed: int = 0) -> FlowDensity:
     """The flow of `family` trained on `data`; cached. `family`, `lu` and `scale` as in FlowDensity.
 
     training   "clean"; "adversarial": on attacked images alone; "hybrid": on both, 1:1 in every batch
     rotations  seed of Glow's initial 1x1 convolutions in place of `seed`, all else being the same
-    `size` as in `lib.zoo.fit`, and `control` but for "shuffled": labels are not looked at, so shuffling them changes nothing.
+    `small` and `size` as in `lib.zoo`, and `control` but for "shuffled": labels are not looked at, so shuffling them changes nothing.
     """
     if control not in ("none", "untrained"):
         raise ValueError(f"control must be one of none, untrained, got {control!r}")
     if training not in TRAININGS:
         raise ValueError(f"training must be one of {', '.join(TRAININGS)}, got {training!r}")
-    recipe = recipe_of(RECIPES, data)
+    recipe = recipe_of(RECIPES, data, small)
     recipe = recipe | recipe.get(family, {})
     build = partial(FlowDensity, data.shape, grey_levels=data.levels, family=family, lu=lu, scale=scale, rotations=rotations,
                     **{k: recipe[k] for k in ("levels", "depth", "width")})

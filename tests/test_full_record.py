@@ -1,10 +1,12 @@
 """A full-size record from its run to the chapter: paper, record and live run side by side, its cost, what is stale."""
 import json
+from pathlib import Path
 
 import nbformat as nbf
 import pytest
 
 from lib import claims, cost, pages, records, run
+from lib.parameters import check
 
 RULE = {"tier": "full", "data": ["mnist"], "by": "seeds", "n": 1, "atoms": [{"q": "gain", "like": "value", "tol": {"abs": 1}}]}
 SETTLES = '''from lib.claims import settle
@@ -24,8 +26,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def put(root, source):
-    cells = [nbf.v4.new_code_cell("seed: int = 0  # seed; in [0, inf)", id="p", metadata={"tags": ["parameters"]}),
+def put(root, source, declared="seed: int = 0  # seed; in [0, inf)"):
+    cells = [nbf.v4.new_code_cell(declared, id="p", metadata={"tags": ["parameters"]}),
              nbf.v4.new_code_cell(source, id="all")]
     records.write(root / "notebooks" / "paper" / "page.ipynb", nbf.writes(nbf.v4.new_notebook(cells=cells)))
 
@@ -45,8 +47,8 @@ def test_a_full_size_run_stands_beside_paper_and_live_run(project, monkeypatch):
     assert run.main(["run", "paper/page"]) == 0
     assert run.main(["accept"]) == 0
     row, caption = shown(monkeypatch)
-    assert row == {"": "gain", "paper": "4", "record": "none yet", "full size, reduced": "4.25", "here": "2.00"}
-    assert "full-size run, reduced: " in caption and "CPU seconds" in caption and "MiB on" in caption
+    assert row == {"": "gain", "paper": "4", "record": "none yet", "paper's data, reduced": "4.25", "here": "2.00"}
+    assert "run on the paper's data, reduced: " in caption and "CPU seconds" in caption and "MiB on" in caption
     assert "Deviations from the paper's settings: half of the images." in caption and "Stale" not in caption
     entry, = claims.scoreboard(records.sources())
     assert (entry["verdict"], entry["evidence"]) == ("undecided", "reduced")      # a reduced run settles no number
@@ -58,10 +60,34 @@ def test_a_stale_record_says_what_changed(project, monkeypatch):
     assert run.main(["run", "paper/page", "--full"]) == 0
     put(project, SETTLES + "\nx = 1")
     row, caption = shown(monkeypatch)
-    assert row["full size, reduced, stale"] == "4.25"
+    assert row["paper's data, reduced, stale"] == "4.25"
     assert "<strong>Stale, changed since: code cells.</strong>" in caption
     entry, = claims.scoreboard(records.sources())
     assert (entry["verdict"], entry["reason"]) == ("not-run", "stale: code cells")
+
+
+def test_a_reduced_run_is_a_record_and_never_overwrites_one_of_full_size(project, capsys):
+    put(project, SETTLES, "seed: int = 0  # seed; in [0, inf)\nsmall: bool = False  # for two cores")
+    (project / "notebooks/paper/page.reduced.yaml").write_text("parameters: {small: true}\ndeviations: [two steps]")
+    record = records.path("full", "paper/page", ".json")
+    for _ in range(2):
+        assert run.main(["run", "paper/page", "--reduced"]) == 0
+        assert records.read(record)["deviations"] == ["two steps"]
+    assert run.main(["run", "paper/page", "--full"]) == 0
+    assert run.main(["run", "paper/page", "--reduced"]) == 1
+    assert "full/paper/page.ipynb is a record of full size; move it away" in capsys.readouterr().err
+    assert records.read(record)["deviations"] == ["half of the images"]
+    with pytest.raises(SystemExit):
+        run.main(["run", "paper/page", "--reduced", "--full"])
+
+
+@pytest.mark.parametrize("file", sorted(Path("notebooks").rglob("*.reduced.yaml")) + sorted(Path("notebooks").rglob("*.full.yaml")), ids=str)
+def test_settings_on_the_papers_data_are_parameters_of_their_page(file):
+    """A reduced run is small, and is what `repro run --reduced` takes for one that may be overwritten."""
+    name, _, size = str(file.relative_to("notebooks"))[:-5].rpartition(".")
+    given, deviations = records.parameters_of(name, size)
+    assert check(records.read(records.path("source", name)), given) and deviations
+    assert given.get("small", False) == (size == "reduced")
 
 
 def test_other_parameters_make_no_record(project):

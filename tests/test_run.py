@@ -85,20 +85,20 @@ def test_a_mistyped_name_is_refused():
 # ---------------------------------------------------------------- one run
 
 def test_run_writes_notebook_and_manifest_and_judges(project, capsys):
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     assert records.current("paper/page")
     record = records.read(records.path("executed", "paper/page", ".json"))
     assert {"commit", "parameters", "seconds", "machine", "versions", "parts", "date"} <= set(record)
     out = capsys.readouterr().out
     assert "paper/exact: holds" in out and "paper/gain: undecided (one seed)" in out and "not timed yet" in out
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     assert "last took" in capsys.readouterr().out
 
 
 def test_other_parameters_leave_the_page_alone(project):
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     before = records.path("executed", "paper/page").read_text()
-    run.run_notebook("paper/page", {"epsilon": "0.5"}, full=False)
+    run.run_notebook("paper/page", {"epsilon": "0.5"})
     assert records.path("executed", "paper/page").read_text() == before
     other, = (project / "_build" / "runs" / "paper").glob("*.ipynb")
     assert claims.read_settled(other)["paper/exact"]["atoms"][0]["estimate"] == 0.5
@@ -113,7 +113,7 @@ def test_a_failing_notebook_fails_every_time(project):
 
 
 def test_a_comment_keeps_a_run_current_and_an_edit_does_not(project):
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     put(project, "# a remark\n" + SETTLES)
     assert records.current("paper/page")
     put(project, SETTLES + "\nx = 1")
@@ -131,10 +131,10 @@ def test_sweep_skips_finished_points_and_its_record_decides(project, monkeypatch
     points[0].unlink()
     run.sweep("paper/page", {}, {"seed": ["0", "1", "2", "3", "4"]})
     assert [p.stat().st_mtime_ns for p in points][1:] == times[1:] and points[0].exists()
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     with pytest.raises(run.RunError, match="took the new sweeps of paper/page"):     # the page does not show it yet
         run.accept()
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     run.accept()
     rows = {r["id"]: r for r in claims.scoreboard(records.sources())}
     assert rows["gain"]["verdict"] == "holds" and rows["gain"]["n"] == 5
@@ -196,7 +196,7 @@ def test_a_record_with_a_control_is_not_replaced_by_one_without(project):
 
 
 def test_outputs_of_an_edited_notebook_are_no_evidence(project):
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     run.accept()
     shutil.rmtree(project / "_build")
     assert next(r for r in claims.scoreboard(records.sources()) if r["id"] == "exact")["verdict"] == "holds"
@@ -210,7 +210,7 @@ def test_outputs_of_an_edited_notebook_are_no_evidence(project):
 def test_a_run_with_other_parameters_is_not_judged_by_the_record(project, capsys):
     summary(project, ["seed"], [0, 1, 2, 3, 4])
     assert run._accept_sweep("paper/page")
-    run.run_notebook("paper/page", {"epsilon": "0.5"}, full=False)
+    run.run_notebook("paper/page", {"epsilon": "0.5"})
     assert "paper/gain: undecided (one seed)" in capsys.readouterr().out
 
 
@@ -227,7 +227,7 @@ def test_accept_refuses_what_has_not_run(project):
 
 
 def test_committed_notebook_carries_outputs_and_no_papermill(project):
-    run.run_notebook("paper/page", {}, full=False)
+    run.run_notebook("paper/page", {})
     run.accept()
     text = records.path("source", "paper/page").read_text()
     assert "papermill" not in text and claims.MIME in text
