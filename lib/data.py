@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
@@ -249,11 +249,18 @@ def cache_folder() -> Path:
 def _downloaded(name: str) -> Data:
     """A torchvision data set, 256 grey levels; validation is the last tenth of the training images.
 
-    MNIST and Fashion-MNIST are zero-padded from 28 to 32 pixels, as fetaya2020 does.
+    MNIST and Fashion-MNIST are zero-padded from 28 to 32 pixels, as fetaya2020 does. Colour images that lie unpacked
+    below the cache folder, as those of a `folder:` under the name of the data set, are taken from there.
     """
     from torchvision import datasets
 
     spec, root = DOWNLOADS[name], cache_folder()
+    if (root / name / "train").is_dir():
+        found = replace(_folder(f"folder:{root / name}"), name=name)
+        if found.shape != spec.shape or len(found.classes) != spec.classes:
+            raise ValueError(f"data {name!r} must be {spec.classes} classes of images {spec.shape}, "
+                             f"found {len(found.classes)} of {found.shape}: {root / name}")
+        return found
     choices = {"train": True}, {"train": False}
     if name == "svhn":
         choices = {"split": "train"}, {"split": "test"}
@@ -404,6 +411,8 @@ def catalogue() -> list[dict]:
     for name, d in DOWNLOADS.items():
         folder = cache_folder() / d.folder
         here = any(all((folder / file).exists() for file in files) for files in (d.files, d.unpacked))
+        if (cache_folder() / name / "train").is_dir():
+            here, folder = True, cache_folder() / name
         where = str(folder) if here else f"needs download ({d.megabytes} MB) to {folder}"
         rows.append((name, d.counts, d.shape, 256, d.classes, f"torchvision.datasets.{d.source}", where))
     for name, (source, folder, megabytes) in SCENES.items():

@@ -1,5 +1,6 @@
 """The data sets: shapes, grid, disjoint splits, downloads that fail, folders that are wrong."""
 
+import itertools
 import struct
 import urllib.request
 from urllib.error import URLError
@@ -185,6 +186,26 @@ def test_a_corrupt_download_is_not_accepted(offline):
     offline.mkdir()
     (offline / "cifar-10-python.tar.gz").write_bytes(b"not the archive")
     with pytest.raises(FileNotFoundError, match="cifar10"):
+        load("cifar10")
+
+
+def test_images_that_lie_unpacked_stand_for_the_download(offline):
+    rng = np.random.default_rng(0)
+
+    def put(classes, side):
+        for part, name in itertools.product(("train", "test"), classes):
+            (offline / "cifar10" / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(2):
+                Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(offline / "cifar10" / part / name / f"{i}.png")
+
+    put("abcdefghij", 32)
+    d = load("cifar10")
+    assert (d.name, d.shape, d.classes, d.levels) == ("cifar10", (3, 32, 32), tuple("abcdefghij"), 256)
+    assert [len(part.images) for part in (d.train, d.validation, d.test)] == [10, 10, 20]
+    row, = (r for r in catalogue() if r["name"] == "cifar10")
+    assert row["where"] == str(offline / "cifar10")
+    put("abcdefghij", 16)
+    with pytest.raises(ValueError, match=r"data 'cifar10' must be 10 classes of images \(3, 32, 32\), found 10 of \(3, 16, 16\)"):
         load("cifar10")
 
 
