@@ -144,9 +144,9 @@ def sweep(name, given, axes, scheduler=None, gpus=0):
 def confirm(name):
     """`repro confirm NOTEBOOK`: after a change of code, keep a recorded sweep if its first points give the same numbers again.
 
-    For a change that should not matter, such as a new option: the first seed of every other axis (two seeds where there
+    For a change that should not matter, such as a new parameter: the first seed of every other axis (two seeds where there
     is none) is run anew, and where every digit of the record returns, the record stands, with a note of what it survived.
-    Raises RunError, in one line, where it does not, or where parameters have changed.
+    Raises RunError, in one line, where it does not, or where the page now asks for a record with other parameters.
     """
     import pandas as pd
     file = records.path("seeds", name, ".json")
@@ -154,8 +154,10 @@ def confirm(name):
         raise RunError(f"{name} has no recorded sweep to confirm")
     record, table = records.read(file), pd.read_csv(file.with_suffix(".csv"), dtype={"claim": str, "name": str})
     given, axes, stale = record["parameters"], record["sweep"], records.changed(record, name, but=records.SHOWN)
-    if not stale or "parameters" in stale.split(", "):
-        raise RunError(f"{name}: {'its parameters have changed, repeat' if stale else 'nothing has changed since'} the recorded sweep")
+    if not stale:
+        raise RunError(f"{name}: nothing has changed since the recorded sweep")
+    if records.without_device(given) != records.seeds_parameters(name):
+        raise RunError(f"{name}: its .seeds.yaml has changed, repeat the recorded sweep")
     few = axes | {"seed": axes["seed"][:2 if len(axes) == 1 else 1]}
     points = [dict(zip(few, values)) for values in itertools.product(*few.values())]
     todo = {_target(name, p): p for p in (check(records.read(records.path("source", name)), given | point) for point in points)}

@@ -196,6 +196,12 @@ def test_a_record_is_confirmed_only_if_every_digit_returns(project, capsys):
     assert run.main(["confirm", "paper/page"]) == 1
     assert "1 of 6 numbers differ from the record, first (1, 'beyond', 'beyond.all')" in capsys.readouterr().err
     assert records.seeds_table("paper/page")[1] == "code cells"
+    # a new parameter survives as any change does; a record at another length does not
     page = records.path("source", "paper/page")
-    records.write(page, page.read_text().replace("float = .1 ", "float = .2 "))
-    assert run.main(["confirm", "paper/page"]) == 1 and "its parameters have changed" in capsys.readouterr().err
+    put(project, KEEPS)
+    records.write(page, page.read_text().replace('"epsilon:', '"small: bool = False  # new\\n", "epsilon:'))
+    assert records.seeds_table("paper/page")[1] == "code cells, parameters"
+    assert run.main(["confirm", "paper/page"]) == 0 and records.seeds_table("paper/page")[1] == ""
+    page.with_suffix(".seeds.yaml").write_text("epsilon: 0.2")
+    put(project, KEEPS + "\nunused = 2")
+    assert run.main(["confirm", "paper/page"]) == 1 and "its .seeds.yaml has changed" in capsys.readouterr().err
