@@ -185,7 +185,7 @@ def behind(name):
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
     found += [(f"Recorded run on the paper's data, {full['evidence']}", full, old)] if full else []
     return [" ".join([f"{head}: {html.escape(told(m))}, {m['date'][:10]}, commit {m['commit'] or 'none'}.",
-                      *[f"Confirmed after a change of {html.escape(c['changed'])}: {c['points']} runs gave the same numbers, commit {c['commit']}."
+                      *[f"Confirmed after a change of {html.escape(c['changed'])}: {c['points']} runs gave the same numbers{', seconds aside' * ('timed' in c)}, commit {c['commit']}."
                         for c in m.get("confirmed", [])],
                       *[f"<strong>Stale, changed since: {html.escape(stale)}.</strong>"] * bool(stale),
                       *[f"Deviations from the paper's settings: {html.escape('; '.join(m['deviations']))}."] * bool(m["deviations"])])

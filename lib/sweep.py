@@ -2,6 +2,7 @@
 import gc
 import itertools
 import logging
+import math
 import os
 from contextlib import contextmanager
 
@@ -146,6 +147,7 @@ def confirm(name):
 
     For a change that should not matter, such as a new parameter: the first seed of every other axis (two seeds where there
     is none) is run anew, and where every digit of the record returns, the record stands, with a note of what it survived.
+    Seconds never return, and are asked only to be numbers: those of claims that the ledger marks ``wall_clock: true``.
     Raises RunError, in one line, where it does not, or where the page now asks for a record with other parameters.
     """
     import pandas as pd
@@ -169,9 +171,12 @@ def confirm(name):
     # a number that a claim asks for since may be among those that the page kept
     kept = table[table["claim"] == claims.KEPT].set_index([*axes, "name"])["value"].reindex(again.index.droplevel("claim"))
     before = before.fillna(pd.Series(kept.to_numpy(), again.index))
-    differ = [key for key, new, old in zip(again.index, again, before) if f"{new:.10g}" != f"{old:.10g}"]
+    timed = [claim != claims.KEPT and claims.claim(*claim.split("/")).get("wall_clock", False) for claim in again.index.get_level_values("claim")]
+    differ = [key for key, new, old, clock in zip(again.index, again, before, timed)
+              if not (math.isfinite(new) and math.isfinite(old) if clock else f"{new:.10g}" == f"{old:.10g}")]
     if differ:
         raise RunError(f"{name}: {len(differ)} of {len(again)} numbers differ from the record, first {differ[0]}; repeat the sweep")
-    survived = {"changed": stale, "points": len(points), "commit": records.commit()}
+    survived = {"changed": stale, "points": len(points), "commit": records.commit(), **({"timed": sum(timed)} if any(timed) else {})}
     records.write(file, record | {"parts": records.parts(name, given), "confirmed": [*record.get("confirmed", []), survived]})
-    print(f"{name}: {len(again)} numbers of {len(points)} points as recorded, in spite of changes of {stale}")
+    clock = f" ({sum(timed)} of them seconds, which are not compared)" if any(timed) else ""
+    print(f"{name}: {len(again)} numbers of {len(points)} points as recorded{clock}, in spite of changes of {stale}")
