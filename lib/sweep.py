@@ -147,7 +147,7 @@ def confirm(name):
 
     For a change that should not matter, such as a new parameter: the first seed of every other axis (two seeds where there
     is none) is run anew, and where every digit of the record returns, the record stands, with a note of what it survived.
-    Seconds never return, and are asked only to be numbers: those of claims that the ledger marks ``wall_clock: true``.
+    Seconds never return, and are asked only to be numbers: those that a claim of the ledger names under ``wall_clock``.
     Raises RunError, in one line, where it does not, or where the page now asks for a record with other parameters.
     """
     import pandas as pd
@@ -171,7 +171,8 @@ def confirm(name):
     # a number that a claim asks for since may be among those that the page kept
     kept = table[table["claim"] == claims.KEPT].set_index([*axes, "name"])["value"].reindex(again.index.droplevel("claim"))
     before = before.fillna(pd.Series(kept.to_numpy(), again.index))
-    timed = [claim != claims.KEPT and claims.claim(*claim.split("/")).get("wall_clock", False) for claim in again.index.get_level_values("claim")]
+    seconds = {key: claims.claim(*key.split("/")).get("wall_clock", ()) for key in {*again.index.get_level_values("claim")} - {claims.KEPT}}
+    timed = [variable in seconds.get(key, ()) for *_, key, variable in again.index]
     differ = [key for key, new, old, clock in zip(again.index, again, before, timed)
               if not (math.isfinite(new) and math.isfinite(old) if clock else f"{new:.10g}" == f"{old:.10g}")]
     if differ:

@@ -202,11 +202,11 @@ def test_a_record_is_confirmed_only_if_every_digit_returns(project, capsys):
     records.write(page, page.read_text().replace('"epsilon:', '"small: bool = False  # new\\n", "epsilon:'))
     assert records.seeds_table("paper/page")[1] == "code cells, parameters"
     assert run.main(["confirm", "paper/page"]) == 0 and records.seeds_table("paper/page")[1] == ""
-    # seconds are asked only to be numbers, and only those of a claim that says so
+    # seconds are asked only to be numbers, and only those that a claim names
     put(project, KEEPS.replace("1.0 + seed", "2.0 + seed"))
     assert run.main(["confirm", "paper/page"]) == 1 and "2 of 6 numbers differ" in capsys.readouterr().err
     ledger = project / "book" / "claims" / "paper.yaml"
-    ledger.write_text(ledger.read_text().replace('"id": "gain"', '"id": "gain", "wall_clock": true'))
+    ledger.write_text(ledger.read_text().replace('"id": "gain"', '"id": "gain", "wall_clock": ["gain"]'))
     assert run.main(["confirm", "paper/page"]) == 0 and "(2 of them seconds, which are not compared)" in capsys.readouterr().out
     assert records.read(records.path("seeds", "paper/page", ".json"))["confirmed"][-1]["timed"] == 2
     page.with_suffix(".seeds.yaml").write_text("epsilon: 0.2")
