@@ -40,11 +40,15 @@ class Interrupted(RuntimeError):
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, so that fabric's precision covers both."""
+    """A model and its loss as one module, so that fabric's precision covers both; `fast` as in `train`."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, fast: bool = False) -> None:
         super().__init__()
         self.model, self.loss = model, loss
+        if fast:
+            torch.compiler.reset()      # what was compiled for another training would count against PyTorch's limit of eight
+            # on CUDA the compiled kernels are captured as a graph; the noise stays what the plain run would draw
+            self.loss = torch.compile(loss, dynamic=False, options={"triton.cudagraphs": True, "fallback_random": True})
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Scalar loss of a batch."""
@@ -80,9 +84,8 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int, batch: int = 64,
           lr: float = 1e-3, seed: int = 0, augment: Callable[[Tensor], Tensor] | None = None,
           adversary: Adversary | None = None, hybrid: bool = False, clip: float | None = None,
-          ema: float | None = None, device: str = "cpu",
-          precision: str = "32-true", checkpoint: str | Path | None = None, save_seconds: float = 30,
-          max_minutes: float = math.inf) -> nn.Module:
+          ema: float | None = None, device: str = "cpu", precision: str = "32-true", fast: bool = False,
+          checkpoint: str | Path | None = None, save_seconds: float = 30, max_minutes: float = math.inf) -> nn.Module:
     """Train `model` in place with Adam for `steps` steps and return it in eval mode, on `device`.
 
     loss          (model, x, y) -> scalar
@@ -96,6 +99,9 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
                   average
     device        "cpu", "cuda", "cuda:N" or "mps";  precision: as in lightning.fabric;
                   log-likelihoods of bf16 are off by 0.02 to 0.04 bits/dim, of float32 by 2e-6 (tests/test_precision.py)
+    fast          compile the loss and its gradient, a minute or more; on CUDA the steps are captured and replayed as a
+                  graph, and convolutions and matrix products round to TF32, which puts log-likelihoods off by
+                  0.0004 to 0.0015 bits/dim while training (tests/test_precision.py)
     checkpoint    `NAME.safetensors`, or a folder in which the file is named by the digest of the run; written
                   every `save_seconds`, at the end and on interruption; an existing one is continued, a
                   finished one is loaded. A second process on the same file waits for the first.
@@ -110,7 +116,7 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
     """
     rank, processes = _place()
     settings = dict(steps=steps, batch=batch, lr=lr, seed=seed, clip=clip, ema=ema, precision=precision,
-                    hybrid=hybrid)
+                    hybrid=hybrid, fast=fast)
     if hybrid and adversary is None:
         raise ValueError("hybrid must be False without an adversary, got True")
     _check(settings, device, len(data[0]))
@@ -120,7 +126,7 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
     callables = model, loss, augment, adversary
     path = None if checkpoint is None else _address(Path(checkpoint), run, device, callables)
     run |= {"processes": processes} if processes > 1 else {}
-    with checkpoints.locked(path if rank == 0 else None, deadline), torch.random.fork_rng():
+    with checkpoints.locked(path if rank == 0 else None, deadline), torch.random.fork_rng(), _rounding("tf32" if fast else "ieee"):
         _loop(model, loss, data, augment, adversary, settings, device, run, path, save_seconds, deadline)
     return model.eval()
 
@@ -150,8 +156,9 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
         _seed(seed, INITIALISE)
         model.initialise(images[torch.randperm(len(images), device=images.device)[:1024]])
         average = [p.detach().clone() for p in model.parameters()] if settings["ema"] else []
-    objective, optimizer = fabric.setup(Objective(model, loss), optimizer)
-    saved, stop = time.monotonic(), False
+    objective, optimizer = fabric.setup(Objective(model, loss, settings["fast"]), optimizer)
+    saved, stop, unseen = time.monotonic(), False, []
+    patience = 1 if kind == "cpu" else 100      # steps before the losses are looked at, for which a GPU has to wait
     with _signals() as caught, _bar(step, steps) as bar:
         while step < steps and not stop:
             chosen = _batch(seed, step, len(images), settings["batch"])[rank::processes].to(images.device)
@@ -160,14 +167,17 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
             if adversary:
                 attacked = adversary(model, x, y).detach()
                 x, y = (torch.cat([x, attacked]), torch.cat([y, y])) if settings["hybrid"] else (attacked, y)
-            value = _update(fabric, objective, optimizer, average, x, y, step, settings)
+            unseen.append(_update(fabric, objective, optimizer, average, x, y, step, settings))
             step += 1
             bar.update()
-            bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
             stop = bool(caught) or time.monotonic() > deadline
             if processes > 1:       # all stop at the same step
                 stop = bool(fabric.all_reduce(torch.tensor(float(stop), device=fabric.device), reduce_op="sum"))
-            if path and rank == 0 and step < steps and (stop or time.monotonic() - saved >= save_seconds):
+            save = stop or time.monotonic() - saved >= save_seconds
+            if save or len(unseen) == patience or step == steps:
+                bar.set_postfix_str(f"loss {_finite(unseen, step):.3f}", refresh=False)
+                unseen.clear()
+            if path and rank == 0 and step < steps and save:
                 checkpoints.save(path, run, step, model, optimizer, average)
                 saved = time.monotonic()
         if step == steps:
@@ -184,25 +194,46 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
         raise Interrupted(f"{'stopped' if processes > 1 else 'max_minutes reached'} at step {step} of {steps}; {where}")
 
 
-def _update(fabric, objective, optimizer, average, x, y, step, settings) -> float:
-    """One step of Adam; the loss of the batch, nats."""
+def _update(fabric, objective, optimizer, average, x, y, step, settings) -> Tensor:
+    """One step of Adam; the loss of the batch, nats, and with `clip` the norm of its gradient: (1,) or (2,)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings["steps"], settings["lr"])
     value = objective(x, y)
-    if not value.isfinite():
-        raise FloatingPointError(f"loss is {value.item()} at step {step}; lower lr, or set clip")
+    seen = [value.detach()]
     fabric.backward(value)
     if settings["clip"]:
-        norm = fabric.clip_gradients(objective, optimizer, max_norm=settings["clip"],
-                                     error_if_nonfinite=False)
-        if not norm.isfinite():
-            raise FloatingPointError(f"gradient is {norm.item()} at step {step}; lower lr")
+        seen.append(fabric.clip_gradients(objective, optimizer, max_norm=settings["clip"], error_if_nonfinite=False))
     optimizer.step()
     optimizer.zero_grad()
     if average:
         # average <- ema average + (1 - ema) weights
         torch._foreach_lerp_(average, [p.detach() for p in objective.parameters()], 1 - settings["ema"])
-    return value.item()
+    return torch.stack(seen)
+
+
+def _finite(unseen: list[Tensor], step: int) -> float:
+    """The last loss of the `unseen` updates before `step`; FloatingPointError for the first that is no number."""
+    seen = torch.stack(unseen).tolist()
+    for at, (loss, *norm) in enumerate(seen, step - len(seen)):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss} at step {at}; lower lr, or set clip")
+        if not all(map(math.isfinite, norm)):
+            raise FloatingPointError(f"gradient is {norm[0]} at step {at}; lower lr")
+    return seen[-1][0]
+
+
+@contextmanager
+def _rounding(how: str):
+    """Products of float32 on a GPU with operands of 10 bits, "tf32", or of all 23, "ieee"; then as before."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [b.fp32_precision for b in backends]
+    try:
+        for b in backends:
+            b.fp32_precision = how
+        yield
+    finally:
+        for b, was in zip(backends, before):
+            b.fp32_precision = was
 
 
 def _place() -> tuple[int, int]:

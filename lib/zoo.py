@@ -72,7 +72,7 @@ def fit(build: Callable[[], nn.Module], loss: Loss, data: Data, recipe: dict, *,
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     settings = {k: recipe.get(k) for k in ("batch", "lr", "clip")} | settings
     return trained(build, loss, (images, labels), seed=seed, steps=max(1, round(size * recipe["steps"])), device=device,
-                   augment=partial(crop_and_flip, crop=recipe["crop"], flip=recipe["flip"]), **settings)
+                   fast=device.startswith("cuda"), augment=partial(crop_and_flip, crop=recipe["crop"], flip=recipe["flip"]), **settings)
 
 
 def conditional_flow(kind: str, data: Data, *, loss: Loss | None = None, small: bool = False, size: float = 1.0,

@@ -11,7 +11,8 @@ import skimage.data
 import torch
 from PIL import Image
 
-from lib import data
+from lib import bundled as bundled_data
+from lib import data, download
 from lib.data import catalogue, load
 
 BUNDLED = ("digits", "photos", "bg-digits", "bg-digits-0", "bg-digits-1", "bg-digits-5")
@@ -76,7 +77,7 @@ def test_digits_are_all_there_and_split_by_writer(bundled):
 
 def test_photo_patches_come_from_their_blocks(bundled):
     """Each patch is found in the 64-pixel square of the photograph that its block id names."""
-    d, photographs = bundled["photos"], data._photographs()
+    d, photographs = bundled["photos"], bundled_data._photographs()
     for part in PARTS:
         split = getattr(d, part)
         images = codes(split, 256).byte().numpy()
@@ -275,7 +276,7 @@ def test_scenes_are_the_middle_square_of_one_class(offline, monkeypatch, name, s
     monkeypatch.setattr(datasets, source, Stub)
     with pytest.raises(ValueError, match=f"data '{name}' needs at least 22400 images, found 9"):
         load(name)
-    monkeypatch.setattr(data, "COUNTS", (4, 3, 2))
+    monkeypatch.setattr(download, "COUNTS", (4, 3, 2))
     d = load(name)
     assert [len(getattr(d, p).images) for p in PARTS] == [4, 3, 2] and d.shape == (3, 64, 64)
     assert d.classes == (name,) and not d.test.labels.any()
