@@ -6,7 +6,6 @@ from lib.dataset import Data, Split, split_of
 BLOCK, PATCH = 64, 16           # side of a photograph's block and of a patch, in pixels
 ROWS, COLUMNS = 6, 8            # blocks taken from the middle of each photograph
 FOREIGN = ("chelsea", "retina")
-BLUR = {"bg-digits": 0, "bg-digits-0": 0, "bg-digits-1": 1, "bg-digits-5": 5}  # pixels at 28x28
 
 
 def digits() -> Data:
@@ -90,31 +89,3 @@ def photos() -> Data:
 
     return Data("photos", part([1, 3, 5, 6, 7]), part([2]), part([0, 4]), classes, 256,
                 {name: foreign(photographs[name]) for name in FOREIGN})
-
-
-def bg_digits(name: str, seed: int) -> Data:
-    """Digits before a piece of a photograph, (1, 8, 8), 17 grey levels: max(digit, background).
-
-    fetaya2020, Section 4.5 (BG-MNIST-X): greyscaled, downsampled backgrounds behind MNIST, blurred with a
-    Gaussian of X = 5, 1 or 0 pixels of 28. Here the backgrounds are patches of `photos` from the same split,
-    each used once at most, in an order drawn by `seed`, and the blur is X * 8/28 pixels of 8. It is applied
-    before downsampling, where it is X * 16/28 pixels of 16: a kernel of 0.29 pixels would do nothing.
-    The blocks are those of the backgrounds.
-    """
-    from scipy.ndimage import gaussian_filter
-
-    fronts, backs = digits(), photos()
-    generator = np.random.default_rng(seed)
-    luma = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-    sigma = BLUR[name] * PATCH / 28
-
-    def part(front: Split, back: Split) -> Split:
-        chosen = generator.permutation(len(back.images))[:len(front.images)]
-        grey = np.einsum("nchw,c->nhw", back.images.numpy()[chosen].astype(float), luma)
-        grey = gaussian_filter(grey, (0, sigma, sigma))
-        small = grey.reshape(-1, 8, 2, 8, 2).mean((2, 4))[:, None]
-        codes = np.round(16 * np.maximum(front.images.numpy(), small))
-        return split_of(codes, 17, front.labels, back.blocks[chosen])
-
-    parts = (part(getattr(fronts, s), getattr(backs, s)) for s in ("train", "validation", "test"))
-    return Data(name, *parts, fronts.classes, 17)

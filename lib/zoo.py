@@ -25,6 +25,7 @@ RECIPES = {
     # the architecture of the digits on images of 32x32: two epochs of MNIST, some ten minutes of two cores
     "small": SMALL | dict(steps=2 * 54000 // 64),
 }
+RECIPES |= {f"bg-mnist-{x}": RECIPES["mnist"] for x in (0, 1, 5)}      # the paper trains them alike
 
 
 def crop_and_flip(x: torch.Tensor, crop: int, flip: bool) -> torch.Tensor:

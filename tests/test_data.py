@@ -190,28 +190,18 @@ def test_a_corrupt_download_is_not_accepted(offline):
         load("cifar10")
 
 
-def test_images_that_lie_unpacked_stand_for_the_download(offline):
+def put_cifar10(folder, side=32):
+    """Ten classes of two training and two test images, unpacked."""
     rng = np.random.default_rng(0)
-
-    def put(classes, side):
-        for part, name in itertools.product(("train", "test"), classes):
-            (offline / "cifar10" / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(2):
-                Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(offline / "cifar10" / part / name / f"{i}.png")
-
-    put("abcdefghij", 32)
-    d = load("cifar10")
-    assert (d.name, d.shape, d.classes, d.levels) == ("cifar10", (3, 32, 32), tuple("abcdefghij"), 256)
-    assert [len(part.images) for part in (d.train, d.validation, d.test)] == [10, 10, 20]
-    row, = (r for r in catalogue() if r["name"] == "cifar10")
-    assert row["where"] == str(offline / "cifar10")
-    put("abcdefghij", 16)
-    with pytest.raises(ValueError, match=r"data 'cifar10' must be 10 classes of images \(3, 32, 32\), found 10 of \(3, 16, 16\)"):
-        load("cifar10")
+    for part, name in itertools.product(("train", "test"), "abcdefghij"):
+        (folder / "cifar10" / part / name).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / "cifar10" / part / name / f"{i}.png")
 
 
-def test_mnist_is_padded_and_its_last_tenth_is_validation(offline):
-    raw = offline / "MNIST" / "raw"
+def put_mnist(folder):
+    """30 training and 5 test images as MNIST downloads them; {"train": codes, "t10k": codes}."""
+    raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = {part: rng.integers(0, 256, (n, 28, 28), np.uint8) for part, n in (("train", 30), ("t10k", 5))}
@@ -219,13 +209,49 @@ def test_mnist_is_padded_and_its_last_tenth_is_validation(offline):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *x.shape) + x.tobytes())
         labels = bytes(i % 5 for i in range(len(x)))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(x)) + labels)
+    return images
+
+
+def test_images_that_lie_unpacked_stand_for_the_download(offline):
+    put_cifar10(offline)
+    d = load("cifar10")
+    assert (d.name, d.shape, d.classes, d.levels) == ("cifar10", (3, 32, 32), tuple("abcdefghij"), 256)
+    assert [len(part.images) for part in (d.train, d.validation, d.test)] == [10, 10, 20]
+    row, = (r for r in catalogue() if r["name"] == "cifar10")
+    assert row["where"] == str(offline / "cifar10")
+    put_cifar10(offline, side=16)
+    with pytest.raises(ValueError, match=r"data 'cifar10' must be 10 classes of images \(3, 32, 32\), found 10 of \(3, 16, 16\)"):
+        load("cifar10")
+
+
+def test_mnist_is_padded_and_its_last_tenth_is_validation(offline):
+    images = put_mnist(offline)
     d = load("mnist")
     assert [len(getattr(d, p).images) for p in PARTS] == [27, 3, 5] and len(d.classes) == 10
     assert d.shape == (1, 32, 32) and d.levels == 256
     assert np.array_equal(d.validation.images[:, 0, 2:30, 2:30].numpy() * 255, images["train"][27:])
     assert d.train.images.count_nonzero() == d.train.images[..., 2:30, 2:30].count_nonzero()
     assert d.test.labels.tolist() == [0, 1, 2, 3, 4]
-    assert next(r for r in catalogue() if r["name"] == "mnist")["where"] == str(raw)
+    assert next(r for r in catalogue() if r["name"] == "mnist")["where"] == str(offline / "MNIST" / "raw")
+
+
+def test_bg_mnist_puts_cifar10_behind_mnist(offline):
+    put_mnist(offline)
+    put_cifar10(offline)
+    mnist, rough = load("mnist"), []
+    for name in ("bg-mnist-5", "bg-mnist-1", "bg-mnist-0"):
+        d = load(name)
+        for part in PARTS:
+            front, both = getattr(mnist, part), getattr(d, part)
+            assert torch.equal(front.labels, both.labels) and (both.images >= front.images - 1e-6).all()
+            assert both.images.count_nonzero() == both.images[..., 2:30, 2:30].count_nonzero()
+        # each of the ten backgrounds stands behind two or three of the 27 digits
+        assert set(torch.bincount(d.train.blocks, minlength=10).tolist()) == {2, 3}
+        black = mnist.train.images[..., 2:30, 2:30] < 0.05
+        behind = d.train.images[..., 2:30, 2:30]
+        rough.append((behind[..., 1:] - behind[..., :-1]).abs()[black[..., 1:] & black[..., :-1]].mean().item())
+        assert d.levels == 256 and d.fingerprint == load(name).fingerprint != load(name, seed=1).fingerprint
+    assert rough[0] < rough[1] < rough[2]
 
 
 @pytest.mark.parametrize("name, source", [("cifar10", "CIFAR10"), ("svhn", "SVHN")])
