@@ -179,6 +179,13 @@ def full_record(name):
     return claims.read_settled(path("full", name), "full"), manifest, changed(manifest, name, but=SHOWN)
 
 
+def on_papers_data(name):
+    """{claim: number} of what the recorded run on the paper's data found, for claims of the page's own paper."""
+    settled = full_record(name)[0]
+    paper = name.split("/")[0]
+    return {key.removeprefix(f"{paper}/"): found["atoms"][0]["estimate"] for key, found in settled.items() if key.startswith(f"{paper}/")}
+
+
 def behind(name):
     """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed, deviations."""
     sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
