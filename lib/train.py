@@ -126,7 +126,7 @@ def train(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], *, steps: int,
     callables = model, loss, augment, adversary
     path = None if checkpoint is None else _address(Path(checkpoint), run, device, callables)
     run |= {"processes": processes} if processes > 1 else {}
-    with checkpoints.locked(path if rank == 0 else None, deadline), torch.random.fork_rng(), _rounding("tf32" if fast else "ieee"):
+    with checkpoints.locked(path if rank == 0 else None, deadline), torch.random.fork_rng(), _tf32(fast and device.startswith("cuda")):
         _loop(model, loss, data, augment, adversary, settings, device, run, path, save_seconds, deadline)
     return model.eval()
 
@@ -161,7 +161,7 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
     patience = 1 if kind == "cpu" else 100      # steps before the losses are looked at, for which a GPU has to wait
     with _signals() as caught, _bar(step, steps) as bar:
         while step < steps and not stop:
-            chosen = _batch(seed, step, len(images), settings["batch"])[rank::processes].to(images.device)
+            chosen = _batch(seed, step, len(images), settings["batch"], images.device)[rank::processes]
             _seed(seed, STEP, step, *([rank] if processes > 1 else []))
             x, y = augment(images[chosen]) if augment else images[chosen], labels[chosen]
             if adversary:
@@ -177,8 +177,9 @@ def _loop(model, loss, data, augment, adversary, settings, device, run, path, sa
             if save or len(unseen) == patience or step == steps:
                 bar.set_postfix_str(f"loss {_finite(unseen, step):.3f}", refresh=False)
                 unseen.clear()
-            if path and rank == 0 and step < steps and save:
-                checkpoints.save(path, run, step, model, optimizer, average)
+            if save:
+                if path and rank == 0 and step < steps:
+                    checkpoints.save(path, run, step, model, optimizer, average)
                 saved = time.monotonic()
         if step == steps:
             with torch.no_grad():
@@ -223,17 +224,22 @@ def _finite(unseen: list[Tensor], step: int) -> float:
 
 
 @contextmanager
-def _rounding(how: str):
-    """Products of float32 on a GPU with operands of 10 bits, "tf32", or of all 23, "ieee"; then as before."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [b.fp32_precision for b in backends]
+def _tf32(on: bool):
+    """While `on`, products of float32 on a GPU round their operands to 10 bits of mantissa; then as before.
+
+    By PyTorch's older switches, because fabric reads them and PyTorch refuses a mixture of the two kinds.
+    """
+    if not on:
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
-        for b in backends:
-            b.fp32_precision = how
         yield
     finally:
-        for b, was in zip(backends, before):
-            b.fp32_precision = was
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _place() -> tuple[int, int]:
@@ -257,16 +263,16 @@ def _seed(*key: int) -> None:
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of the images in one epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(_state(seed, ORDER, epoch)))
+def _order(seed: int, epoch: int, n: int, device: torch.device) -> Tensor:
+    """The order of the images in one epoch; on the device, for which a copy at every step would have to wait."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_state(seed, ORDER, epoch))).to(device)
 
 
-def _batch(seed: int, step: int, n: int, batch: int) -> Tensor:
+def _batch(seed: int, step: int, n: int, batch: int, device: torch.device) -> Tensor:
     """Indices of the images of one step; an epoch's last, incomplete batch is left out."""
     per_epoch = n // batch
     start = step % per_epoch * batch
-    return _order(seed, step // per_epoch, n)[start:start + batch]
+    return _order(seed, step // per_epoch, n, device)[start:start + batch]
 
 
 # --- what a run is ---------------------------------------------------------------------------------

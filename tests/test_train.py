@@ -92,7 +92,7 @@ def test_the_seed_decides_and_the_caller_s_generator_is_left_alone(uninterrupted
 
 
 def test_every_epoch_shows_every_image_once():
-    seen = torch.cat([training._batch(0, step, 32, 8) for step in range(8)]).reshape(2, 32)
+    seen = torch.cat([training._batch(0, step, 32, 8, torch.device("cpu")) for step in range(8)]).reshape(2, 32)
     assert all(torch.equal(epoch.sort().values, torch.arange(32)) for epoch in seen)
     assert not torch.equal(*seen)
 

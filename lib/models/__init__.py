@@ -2,4 +2,4 @@
 import torch
 
 # By PyTorch's default the convolutions of a GPU round to TF32: a thousandth of a bit/dim of a likelihood (tests/test_precision.py).
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.allow_tf32 = False

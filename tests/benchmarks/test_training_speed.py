@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.models import losses
 from lib.models.glow import ConditionalGlow
-from lib.train import _rounding, train
+from lib.train import _tf32, train
 from lib.zoo import RECIPES, crop_and_flip
 
 RECIPE, SHAPE, CLASSES = RECIPES["mnist"], (1, 32, 32), 10
@@ -57,14 +57,16 @@ def test_training_of_the_papers_glow(name):
     images, labels = torch.rand(2048, *SHAPE), torch.randint(CLASSES, (2048,))
     model = ConditionalGlow(SHAPE, CLASSES, **{k: RECIPE[k] for k in ("levels", "depth", "width")})
     begun.clear()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
     train(model, losses.reweight, (images, labels), steps=WARM + STEPS + 1, batch=batch, lr=1e-5, clip=RECIPE["clip"], device=DEVICE,
           precision=precision, fast=fast, augment=stamped)
-    with _rounding("tf32" if fast else "ieee"):
-        best = peak(precision)
-    first, seconds = begun[1] - begun[0], (begun[WARM + STEPS] - begun[WARM]) / STEPS
-    share = operations(model, images[:batch].to(DEVICE), labels[:batch].to(DEVICE)) / seconds / best
     memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most" if GPU else ""
+    with _tf32(GPU and fast):
+        best = peak(precision)
+    first, seconds = begun[WARM] - begun[0], (begun[WARM + STEPS] - begun[WARM]) / STEPS
+    share = operations(model, images[:batch].to(DEVICE), labels[:batch].to(DEVICE)) / seconds / best
     print(f"\nGlow of fetaya2020 on {SHAPE}, batch {batch}, {name}, {torch.cuda.get_device_name() if GPU else DEVICE}: "
-          f"{batch / seconds:.0f} images/s, {share:.0%} of the peak ({best / 1e12:.2f} TFLOP/s in a matrix product), first step "
+          f"{batch / seconds:.0f} images/s, {share:.0%} of the peak ({best / 1e12:.2f} TFLOP/s in a matrix product), warmed in "
           f"{first:.0f} s, {(first + seconds * RECIPE['steps']) / 3600:.1f} h for the paper's 150 epochs{memory}")
     assert len(begun) == WARM + STEPS + 1 and all(p.isfinite().all() for p in model.parameters())
