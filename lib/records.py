@@ -181,9 +181,8 @@ def full_record(name):
 
 def on_papers_data(name):
     """{claim: number} of what the recorded run on the paper's data found, for claims of the page's own paper."""
-    settled = full_record(name)[0]
-    paper = name.split("/")[0]
-    return {key.removeprefix(f"{paper}/"): found["atoms"][0]["estimate"] for key, found in settled.items() if key.startswith(f"{paper}/")}
+    own = f"{name.split('/')[0]}/"
+    return {key.removeprefix(own): found["atoms"][0]["estimate"] for key, found in full_record(name)[0].items() if key.startswith(own)}
 
 
 def behind(name):

@@ -41,12 +41,14 @@ def shown(monkeypatch):
 
 def test_a_full_size_run_stands_beside_paper_and_live_run(project, monkeypatch):
     assert shown(monkeypatch) == ({"": "gain", "paper": "4", "record": "none yet", "here": "2.00"}, "")
+    assert records.on_papers_data("paper/page") == {}
     assert run.main(["run", "paper/page"]) == 0 and records.current("paper/page")
     assert run.main(["run", "paper/page", "--full"]) == 0
     assert run.main(["accept"]) == 1                              # the page does not show its new record yet
     assert run.main(["run", "paper/page"]) == 0
     assert run.main(["accept"]) == 0
     row, caption = shown(monkeypatch)
+    assert records.on_papers_data("paper/page") == {"gain": 4.25}
     assert row == {"": "gain", "paper": "4", "record": "none yet", "paper's data, reduced": "4.25", "here": "2.00"}
     assert "run on the paper's data, reduced: " in caption and "CPU seconds" in caption and "MiB on" in caption
     assert "Deviations from the paper's settings: half of the images." in caption and "Stale" not in caption
