@@ -186,16 +186,25 @@ def on_papers_data(name):
 
 
 def behind(name):
-    """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed, deviations."""
+    """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed; the rest unfolds."""
     sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
     found += [(f"Recorded run on the paper's data, {full['evidence']}", full, old)] if full else []
-    return [" ".join([f"{head}: {html.escape(told(m))}, {m['date'][:10]}, commit {m['commit'] or 'none'}.",
-                      *[f"Confirmed after a change of {html.escape(c['changed'])}: {c['points']} runs gave the same numbers{', seconds aside' * ('timed' in c)}, commit {c['commit']}."
-                        for c in m.get("confirmed", [])],
-                      *[f"<strong>Stale, changed since: {html.escape(stale)}.</strong>"] * bool(stale),
-                      *[f"Deviations from the paper's settings: {html.escape('; '.join(m['deviations']))}."] * bool(m["deviations"])])
-            for head, m, stale in found]
+    return [_folded(f"{head}: {html.escape(told(m))}, {m['date'][:10]}." + f" <strong>Stale, changed since: {html.escape(old)}.</strong>" * bool(old),
+                    [f"Commit {m['commit'] or 'none'}.", *map(_confirmed, m.get("confirmed", [])[-1:]),
+                     *[f"Deviations from the paper's settings: {'; '.join(m['deviations'])}."] * bool(m["deviations"])])
+            for head, m, old in found]
+
+
+def _folded(summary, more):
+    """HTML of one line that unfolds into more lines, plain text."""
+    return f"<details class=\"record\"><summary>{summary}</summary>{'<br>'.join(html.escape(line) for line in more)}</details>"
+
+
+def _confirmed(again):
+    """What a repetition of a recorded sweep after a change found, in words."""
+    aside = ", seconds aside" * ("timed" in again)
+    return f"Confirmed after a change of {again['changed']}: {again['points']} runs gave the same numbers{aside}, commit {again['commit']}."
 
 
 def keep(numbers):
@@ -249,7 +258,7 @@ def compare(measured, ids, scale=1):
             found = settled.get(f"{name.split('/')[0]}/{id}")
             row[f"paper's data, {full['evidence']}{', stale' if old else ''}"] = f"{found['atoms'][0]['estimate']:.2f}" if found else ""
         rows.append(row | {"here": f"{scale * measured[key]:.2f}"})
-    return pd.DataFrame(rows).style.hide(axis="index").set_caption("<br>".join(behind(name)))
+    return pd.DataFrame(rows).style.hide(axis="index").set_caption("".join(behind(name)))
 
 
 def settled_sources(name, settled, tier="fast", deviations=(), stale="", record=True):
@@ -341,7 +350,7 @@ def show_record():
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
                               for key in dict.fromkeys(table["claim"]) if key != claims.KEPT})
     for line in behind(name):
-        display(HTML(f'<p class="record">{line}</p>'))
+        display(HTML(line))
 
 
 def show_verdicts():
