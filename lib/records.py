@@ -162,8 +162,7 @@ def seeds_table(name):
     if not file.exists():
         return None, ""
     table = pd.read_csv(file, dtype={"claim": str, "name": str})
-    if "control" in table:
-        table = table[table["control"] == "none"]
+    table = table[table["control"] == "none"] if "control" in table else table
     manifest = read(path("seeds", name, ".json"))
     other = "" if without_device(manifest["parameters"]) == seeds_parameters(name) else "parameters of the recorded sweep"
     return table, changed(manifest, name, but=SHOWN) or other
@@ -185,26 +184,30 @@ def on_papers_data(name):
     return {key.removeprefix(own): found["atoms"][0]["estimate"] for key, found in full_record(name)[0].items() if key.startswith(own)}
 
 
+def show_recorded(name, cell):
+    """Display what a cell, told by its id, drew in the recorded run on the paper's data; nothing where there is none."""
+    from IPython.display import display
+    cells = read(path("full", name))["cells"] if path("full", name).exists() else []
+    for data in [output["data"] for c in cells if c["id"] == cell for output in c["outputs"]]:
+        display({kind: "".join(content) for kind, content in data.items()}, raw=True)
+
+
 def behind(name):
     """What the records of a notebook are, a line of HTML each: evidence, cost, date, what has changed; the rest unfolds."""
     sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
     found += [(f"Recorded run on the paper's data, {full['evidence']}", full, old)] if full else []
     return [_folded(f"{head}: {html.escape(told(m))}, {m['date'][:10]}." + f" <strong>Stale, changed since: {html.escape(old)}.</strong>" * bool(old),
-                    [f"Commit {m['commit'] or 'none'}.", *map(_confirmed, m.get("confirmed", [])[-1:]),
+                    [f"Commit {m['commit'] or 'none'}.",
+                     *[f"Confirmed after a change of {c['changed']}: {c['points']} runs gave the same numbers{', seconds aside' * ('timed' in c)}, commit {c['commit']}."
+                       for c in m.get("confirmed", [])[-1:]],
                      *[f"Deviations from the paper's settings: {'; '.join(m['deviations'])}."] * bool(m["deviations"])])
             for head, m, old in found]
 
 
 def _folded(summary, more):
     """HTML of one line that unfolds into more lines, plain text."""
-    return f"<details class=\"record\"><summary>{summary}</summary>{'<br>'.join(html.escape(line) for line in more)}</details>"
-
-
-def _confirmed(again):
-    """What a repetition of a recorded sweep after a change found, in words."""
-    aside = ", seconds aside" * ("timed" in again)
-    return f"Confirmed after a change of {again['changed']}: {again['points']} runs gave the same numbers{aside}, commit {again['commit']}."
+    return f"<details class=\"record\"><summary>{summary}</summary>{'<br>'.join(html.escape(line, quote=False) for line in more)}</details>"
 
 
 def keep(numbers):
@@ -216,12 +219,9 @@ def keep(numbers):
 
 def kept(notebook):
     """{name: number} of all that an executed notebook (a dict or a path) has kept."""
-    notebook = notebook if isinstance(notebook, dict) else read(notebook)
-    found = {}
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            found |= {key: float(value) for key, value in output.get("data", {}).get(KEPT_MIME, {}).items()}
-    return found
+    cells = (notebook if isinstance(notebook, dict) else read(notebook))["cells"]
+    return {key: float(value) for cell in cells for output in cell.get("outputs", [])
+            for key, value in output.get("data", {}).get(KEPT_MIME, {}).items()}
 
 
 def recorded(name):
@@ -243,7 +243,7 @@ def compare(measured, ids, scale=1):
     """
     import pandas as pd
     name = claims.notebook_name()
-    table, stale = seeds_table(name) if path("seeds", name, ".csv").exists() else (None, "")
+    table, stale = seeds_table(name)
     settled, full, old = full_record(name)
     rows = []
     for key, id in ids.items():
@@ -343,9 +343,7 @@ def show_record():
     """What the page's records are, and the rules that its recorded sweep judges, with intervals over training runs."""
     from IPython.display import HTML, display
     name = claims.notebook_name()
-    paper, table = name.split("/")[0], None
-    if path("seeds", name, ".csv").exists():
-        table, stale = seeds_table(name)
+    paper, (table, stale) = name.split("/")[0], seeds_table(name)
     if table is not None and "rules" not in stale.split(", "):      # another rule may need numbers that were not recorded
         claims.show_measured({key: claims.measure_record(paper, claims.claim(paper, key.split("/")[1]), table)
                               for key in dict.fromkeys(table["claim"]) if key != claims.KEPT})

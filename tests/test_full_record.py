@@ -39,9 +39,17 @@ def shown(monkeypatch):
     return style.data.iloc[0].to_dict(), style.caption
 
 
+def drawn(monkeypatch, cell):
+    """The outputs that a page takes over from a cell of its recorded run."""
+    found = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: found.append(data))
+    records.show_recorded("paper/page", cell)
+    return found
+
+
 def test_a_full_size_run_stands_beside_paper_and_live_run(project, monkeypatch):
     assert shown(monkeypatch) == ({"": "gain", "paper": "4", "record": "none yet", "here": "2.00"}, "")
-    assert records.on_papers_data("paper/page") == {}
+    assert records.on_papers_data("paper/page") == {} and drawn(monkeypatch, "all") == []
     assert run.main(["run", "paper/page"]) == 0 and records.current("paper/page")
     assert run.main(["run", "paper/page", "--full"]) == 0
     assert run.main(["accept"]) == 1                              # the page does not show its new record yet
@@ -49,6 +57,7 @@ def test_a_full_size_run_stands_beside_paper_and_live_run(project, monkeypatch):
     assert run.main(["accept"]) == 0
     row, caption = shown(monkeypatch)
     assert records.on_papers_data("paper/page") == {"gain": 4.25}
+    assert [list(data) for data in drawn(monkeypatch, "all")] == [[claims.MIME, "text/html", "text/plain"]] and drawn(monkeypatch, "p") == []
     assert row == {"": "gain", "paper": "4", "record": "none yet", "paper's data, reduced": "4.25", "here": "2.00"}
     assert "run on the paper's data, reduced: " in caption and "CPU seconds" in caption and "MiB on" in caption
     assert "Deviations from the paper's settings: half of the images." in caption and "Stale" not in caption
