@@ -221,7 +221,7 @@ def times_table(runs, full=False):
 
 def records_table():
     """What was recorded: sweeps over training runs and runs on the papers' data, what each cost, and whether it is current."""
-    return table(["page", "record"], [[f"[](../notebooks/{name}.ipynb)", line] for name in records.notebooks()
+    return table(["page", "record"], [[f"[](../notebooks/{name}.ipynb)", line.replace("|", "&#124;")] for name in records.notebooks()
                                       for line in records.behind(name)])
 
 

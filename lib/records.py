@@ -170,24 +170,26 @@ def seeds_table(name):
 
 def full_record(name):
     """(settled, manifest, why stale) of the recorded run on the paper's data; ({}, None, "") where there is none."""
-    file = path("full", name, ".json")
-    if not file.exists():
+    if not path("full", name, ".json").exists():
         return {}, None, ""
-    manifest = read(file)
+    manifest = read(path("full", name, ".json"))
+    # deviations found since stand in the .yaml of the same parameters
+    listed = [parameters_of(name, size) for size in ("full", "reduced") if path("source", name, f".{size}.yaml").exists()]
+    manifest["deviations"] = next((d for given, d in listed if given == manifest["parameters"]), manifest["deviations"])
     manifest["evidence"] = claims.evidence({"tier": "full", "data": ()}, manifest["deviations"])
-    return claims.read_settled(path("full", name), "full"), manifest, changed(manifest, name, but=SHOWN)
+    return claims.read_settled(path("full", name), "full"), manifest, changed(manifest, name, but=SHOWN - {"measuring"})
 
 
 def on_papers_data(name):
     """{claim: number} of what the recorded run on the paper's data found, for claims of the page's own paper."""
-    own = f"{name.split('/')[0]}/"
-    return {key.removeprefix(own): found["atoms"][0]["estimate"] for key, found in full_record(name)[0].items() if key.startswith(own)}
+    pairs = [(key.split("/"), found["atoms"][0]["estimate"]) for key, found in full_record(name)[0].items()]
+    return {id: estimate for (paper, id), estimate in pairs if paper == name.split("/")[0]}
 
 
 def show_recorded(name, cell):
     """Display what a cell, told by its id, drew in the recorded run on the paper's data; nothing where there is none."""
     from IPython.display import display
-    cells = read(path("full", name))["cells"] if path("full", name).exists() else []
+    cells = read(path("full", name))["cells"] if full_record(name)[1] else []
     for data in [output["data"] for c in cells if c["id"] == cell for output in c["outputs"]]:
         display({kind: "".join(content) for kind, content in data.items()}, raw=True)
 
@@ -244,7 +246,7 @@ def compare(measured, ids, scale=1):
     import pandas as pd
     name = claims.notebook_name()
     table, stale = seeds_table(name)
-    settled, full, old = full_record(name)
+    (_, full, old), found = full_record(name), on_papers_data(name)
     rows = []
     for key, id in ids.items():
         record = "none yet"
@@ -255,8 +257,7 @@ def compare(measured, ids, scale=1):
         value = claims.claim(name.split("/")[0], id).get("value") if id else None
         row = {"": key, "paper": "" if value is None else f"{value}", "record": record}
         if full:
-            found = settled.get(f"{name.split('/')[0]}/{id}")
-            row[f"paper's data, {full['evidence']}{', stale' if old else ''}"] = f"{found['atoms'][0]['estimate']:.2f}" if found else ""
+            row[f"paper's data, {full['evidence']}{', stale' if old else ''}"] = f"{found[id]:.2f}" if id in found else ""
         rows.append(row | {"here": f"{scale * measured[key]:.2f}"})
     return pd.DataFrame(rows).style.hide(axis="index").set_caption("".join(behind(name)))
 
@@ -317,8 +318,8 @@ def verdicts(rows):
 def flips(rows):
     """A line for each verdict that differs from the accepted one."""
     before, now = accepted(), verdicts(rows)
-    keys = sorted({(p, i) for tree in (before, now) for p in tree for i in tree[p]})
-    pairs = [(f"{p}/{i}", before.get(p, {}).get(i), now.get(p, {}).get(i)) for p, i in keys]
+    pairs = [(f"{p}/{i}", before.get(p, {}).get(i), now.get(p, {}).get(i))
+             for p, i in sorted({(p, i) for tree in (before, now) for p in tree for i in tree[p]})]
     return [f"{key}: {' | '.join(map(str, old or ['not there']))} -> {' | '.join(map(str, new or ['not there']))}"
             for key, old, new in pairs if old != new]
 

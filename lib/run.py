@@ -33,9 +33,9 @@ def last_time(name, size=""):
     return f"last took {record['seconds']:.0f} s on {record['machine']} ({record['date'][:10]})"
 
 
-def report(name, notebook, tier, record):
+def report(name, notebook, tier, record, deviations=()):
     """Print what an executed notebook has settled; `record`: with the recorded sweep of the page's own parameters."""
-    settled = records.settled_sources(name, claims.read_settled(notebook), tier, record=record)
+    settled = records.settled_sources(name, claims.read_settled(notebook), tier, deviations, record=record)
     rows = [r for r in claims.scoreboard(settled) if r["notebook"]]
     for row in rows:
         print(f"  {row['paper']}/{row['id']}: {row['verdict']}{' (' + row['reason'] + ')' if row['reason'] else ''}")
@@ -62,7 +62,7 @@ def run_notebook(name, given, size=""):
     with alone(target):
         record = execute(name, parameters, target, tier, deviations)
     print(f"{name}: {record['seconds']:.0f} s ({told(record)}) -> {target.relative_to(claims.project_root())}")
-    report(name, target, tier, record=not given)
+    report(name, target, tier, not given, deviations)
 
 
 def execute_all():

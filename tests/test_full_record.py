@@ -125,3 +125,14 @@ def test_a_gpu_tells_its_name_and_its_largest_memory(monkeypatch):
     for name, value in {"is_initialized": True, "get_device_name": "NVIDIA H200", "max_memory_allocated": 5 * 2**20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert cost.used()["gpu"] == "NVIDIA H200" and cost.used()["gpu_memory_mib"] == 5
+
+
+def test_a_record_shows_what_was_found_since(project):
+    assert run.main(["run", "paper/page", "--full"]) == 0
+    (project / "notebooks/paper/page.full.yaml").write_text("parameters: {seed: 1}\ndeviations: [half of the images, one more]")
+    assert records.full_record("paper/page")[1]["deviations"] == ["half of the images", "one more"]
+    (project / "notebooks/paper/page.full.yaml").write_text("parameters: {seed: 2}\ndeviations: [those of another run]")
+    assert records.full_record("paper/page")[1]["deviations"] == ["half of the images"]
+    file = records.path("full", "paper/page", ".json")
+    records.write(file, records.read(file) | {"parts": records.read(file)["parts"] | {"measuring": "in another way"}})
+    assert records.full_record("paper/page")[2] == "measuring"      # what a record has judged was measured when it ran
