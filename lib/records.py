@@ -173,9 +173,9 @@ def full_record(name):
     if not path("full", name, ".json").exists():
         return {}, None, ""
     manifest = read(path("full", name, ".json"))
-    # deviations found since stand in the .yaml of the same parameters
+    # deviations found since stand in the .yaml of the same parameters; they add to those of the run, and take none away
     listed = [parameters_of(name, size) for size in ("full", "reduced") if path("source", name, f".{size}.yaml").exists()]
-    manifest["deviations"] = next((d for given, d in listed if given == manifest["parameters"]), manifest["deviations"])
+    manifest["deviations"] += [d for given, found in listed if given == manifest["parameters"] for d in found if d not in manifest["deviations"]]
     manifest["evidence"] = claims.evidence({"tier": "full", "data": ()}, manifest["deviations"])
     return claims.read_settled(path("full", name), "full"), manifest, changed(manifest, name, but=SHOWN - {"measuring"})
 
@@ -199,12 +199,12 @@ def behind(name):
     sweeps, (_, full, old) = path("seeds", name, ".json"), full_record(name)
     found = [(f"Recorded sweep, {s['points']} runs", s, seeds_table(name)[1]) for s in map(read, [sweeps] * sweeps.exists())]
     found += [(f"Recorded run on the paper's data, {full['evidence']}", full, old)] if full else []
-    return [_folded(f"{head}: {html.escape(told(m))}, {m['date'][:10]}." + f" <strong>Stale, changed since: {html.escape(old)}.</strong>" * bool(old),
+    return [_folded(f"{head}: {html.escape(told(m))}, {m['date'][:10]}." + f" <strong>Stale, changed since: {html.escape(stale)}.</strong>" * bool(stale),
                     [f"Commit {m['commit'] or 'none'}.",
                      *[f"Confirmed after a change of {c['changed']}: {c['points']} runs gave the same numbers{', seconds aside' * ('timed' in c)}, commit {c['commit']}."
                        for c in m.get("confirmed", [])[-1:]],
                      *[f"Deviations from the paper's settings: {'; '.join(m['deviations'])}."] * bool(m["deviations"])])
-            for head, m, old in found]
+            for head, m, stale in found]
 
 
 def _folded(summary, more):

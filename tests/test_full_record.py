@@ -131,6 +131,8 @@ def test_a_record_shows_what_was_found_since(project):
     assert run.main(["run", "paper/page", "--full"]) == 0
     (project / "notebooks/paper/page.full.yaml").write_text("parameters: {seed: 1}\ndeviations: [half of the images, one more]")
     assert records.full_record("paper/page")[1]["deviations"] == ["half of the images", "one more"]
+    (project / "notebooks/paper/page.full.yaml").write_text("parameters: {seed: 1}\ndeviations: []")      # no list makes a run truer
+    assert records.full_record("paper/page")[1]["evidence"] == "reduced"
     (project / "notebooks/paper/page.full.yaml").write_text("parameters: {seed: 2}\ndeviations: [those of another run]")
     assert records.full_record("paper/page")[1]["deviations"] == ["half of the images"]
     file = records.path("full", "paper/page", ".json")
